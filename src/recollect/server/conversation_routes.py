@@ -30,13 +30,14 @@ from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
 from recollect.journal.home import drop_of_conversation, server_facts
-from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
+from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord
 from recollect.server.conversation_view import (
     COPIES,
     ConversationView,
     checkpoint_tip,
     checkpoints,
     conversation_body,
+    conversations_after,
     head_of,
     let_go,
     split_branch,
@@ -44,8 +45,8 @@ from recollect.server.conversation_view import (
 )
 from recollect.server.fields import Body, BodyRoute, Ignored, Items, PlaceName, check_count
 from recollect.server.parts import InputItem, Metadata, kept_schemas, merged
-from recollect.server.refusals import ApiError, naming, not_found
-from recollect.server.response_object import ResponseHead, item_list
+from recollect.server.refusals import ApiError, name_taken, naming, not_found
+from recollect.server.response_object import PAGE, PageLimit, ResponseHead, item_list
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
 
@@ -118,12 +119,9 @@ def _name_place(request: Request, conversation_id: str, name: str) -> "StandingP
     view, journal = view_of(request, conversation_id), services_of(request).journal
     known = checkpoints(view.stored.tips)
     if name in known and known[name] != view.tip:
-        raise ApiError(
+        raise name_taken(
             f"There is a checkpoint {name!r} elsewhere in this conversation: take another name, or "
-            "delete that one.",
-            status=409,
-            code="name_taken",
-            param="name",
+            "delete that one."
         )
     if name not in known:
         journal.set_tip(view.stored.id, checkpoint_tip(name), view.tip)
@@ -226,8 +224,6 @@ def _not_kept(reason: str) -> dict[str, Any]:
     return {"kept": False, "reason": reason}
 
 
-_PAGE: int = 20
-_Limit = Annotated[int, Query(ge=1, le=100)]
 _TREE_PAGE: int = 1000
 _TreeLimit = Annotated[int, Query(ge=1, le=2000)]
 _Order = Annotated[str, Query(pattern="^(asc|desc)$")]
@@ -299,18 +295,14 @@ def create_conversation(body: NewConversation, request: Request) -> dict[str, An
 @router.get("/v1/conversations")
 def list_conversations(
     request: Request,
-    limit: _Limit = _PAGE,
+    limit: PageLimit = PAGE,
     order: _Order = "desc",
     after: str | None = None,
 ) -> dict[str, Any]:
     """Return a page of the client's conversations, the one used last first."""
-    journal, namespace = services_of(request).journal, client_of(request).namespace
-    with naming("after"):
-        last = None if after is None else head_of(request, after).label.conversation_id
-    page = Page(limit=limit + 1, after=last, newest_first=order == "desc")
-    found = journal.conversations(namespace, page=page)
+    found = conversations_after(request, after, limit + 1, newest_first=order == "desc")
     shown = found[:limit]
-    notes = journal.notes([info.id for info in shown])
+    notes = services_of(request).journal.notes([info.id for info in shown])
     data = [
         {
             **conversation_body(info.label, info.created_at, notes.get(info.id, {})),
@@ -358,7 +350,7 @@ def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any
 def list_items(
     conversation_id: str,
     request: Request,
-    limit: _Limit = _PAGE,
+    limit: PageLimit = PAGE,
     order: _Order = "desc",
     after: str | None = None,
 ) -> dict[str, Any]:
@@ -441,12 +433,7 @@ def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
     view = view_of(request, conversation_id)
     name = body.name or f"fork-{secrets.token_hex(4)}"
     if name in view.stored.tips:
-        raise ApiError(
-            f"There is {name!r} in this conversation already: take another name.",
-            status=409,
-            code="name_taken",
-            param="name",
-        )
+        raise name_taken(f"There is {name!r} in this conversation already: take another name.")
     at = view.tip
     if body.at is not None:
         with naming("at"):

@@ -37,7 +37,7 @@ from recollect.server.fields import (
     named_sampling,
 )
 from recollect.server.parts import Thinking
-from recollect.server.refusals import ApiError, api_error, naming
+from recollect.server.refusals import ApiError, api_error, name_taken, naming
 from recollect.server.services import (
     Job,
     begin,
@@ -166,11 +166,9 @@ def _names(view: ConversationView, tried: Sequence[TriedBranch]) -> list[str]:
     names = [one.name or f"{prefix}-{number}" for number, one in enumerate(tried, 1)]
     for number, name in enumerate(names):
         if name in view.stored.tips or names.count(name) > 1:
-            raise ApiError(
+            raise name_taken(
                 f"There is {name!r} in this conversation already, or twice in the request: take another "
                 "name.",
-                status=409,
-                code="name_taken",
                 param=f"branches.{number}.name",
             )
     return names
