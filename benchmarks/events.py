@@ -4,7 +4,7 @@ What those who watch `/v1/events` cost: the server's share of a core, and what t
     python benchmarks/events.py [--model M] [--profile P] [--watchers 50] [--tokens 256] [--rounds 3] [--save]
 
 A server in this process generates replies of that many tokens, streamed to one client, by turns with nobody
-watching and with that many streams of events, which other processes read. The server's CPU time is measured
+watching and with that many streams of events, which another process reads. The server's CPU time is measured
 for its event loop and the feed, thread by thread, so that the forward passes, which take all cores, are not
 in it; `share` is what the streams add to it in a second of generating. The engine's thread is counted: the
 calls of Python functions that it makes for each token are the same, whoever watches.
@@ -37,9 +37,8 @@ _CLOCK_TICKS: Final = 100
 """Of CPU time in a second, in /proc. Source: proc(5), and `getconf CLK_TCK` on every Linux we know."""
 
 _READER: Final = """
-import socket, sys
+import selectors, socket, sys
 host, port, count = "127.0.0.1", int(sys.argv[1]), int(sys.argv[2])
-import selectors
 ready = selectors.DefaultSelector()
 for _ in range(count):
     one = socket.create_connection((host, port))
@@ -47,12 +46,9 @@ for _ in range(count):
     one.recv(1 << 16)
     ready.register(one, selectors.EVENT_READ)
 print("watching", flush=True)
-events = 0
 while ready.get_map():
     for key, _ in ready.select():
-        data = key.fileobj.recv(1 << 16)
-        events += data.count(b"event: ")
-        if not data:
+        if not key.fileobj.recv(1 << 16):
             ready.unregister(key.fileobj)
 """
 

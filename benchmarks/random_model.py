@@ -61,7 +61,24 @@ WITH_CONVOLUTIONS = Shape(
     architecture="lfm2", layers=4, head_norms=True, fields={"shortconv.l_cache": 3}
 )
 """A hybrid: every other layer has a short convolution, which is a recurrent state, in place of attention."""
-
+WITHOUT_ATTENTION = Shape(
+    architecture="mamba",
+    fields={
+        "ssm.conv_kernel": 4,
+        "ssm.inner_size": 128,
+        "ssm.state_size": 16,
+        "ssm.time_step_rank": 4,
+    },
+)
+"""A Mamba: all that it has of a sequence is a recurrent state."""
+SHAPES = {
+    "plain": Shape(),
+    "window": WITH_WINDOW,
+    "experts": WITH_EXPERTS,
+    "recurrent": WITHOUT_ATTENTION,
+    "hybrid": WITH_CONVOLUTIONS,
+}
+"""One of each kind whose state llama.cpp keeps in a way of its own."""
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}"
@@ -242,13 +259,15 @@ def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def _mamba(shape: Shape) -> dict[str, tuple[int, ...]]:
-    width, inner, state, rank = shape.width, 2 * shape.width, 16, 4
+    width = shape.width
+    sizes = ("inner_size", "state_size", "time_step_rank", "conv_kernel")
+    inner, state, rank, kernel = (int(shape.fields[f"ssm.{name}"]) for name in sizes)
     tensors: dict[str, tuple[int, ...]] = {}
     for layer in range(shape.layers):
         parts: dict[str, tuple[int, ...]] = {
             "attn_norm.weight": (width,),
             "ssm_in.weight": (2 * inner, width),
-            "ssm_conv1d.weight": (inner, 4),
+            "ssm_conv1d.weight": (inner, kernel),
             "ssm_conv1d.bias": (inner,),
             "ssm_x.weight": (rank + 2 * state, inner),
             "ssm_dt.weight": (inner, rank),
@@ -259,15 +278,6 @@ def _mamba(shape: Shape) -> dict[str, tuple[int, ...]]:
         }
         tensors |= {f"blk.{layer}.{name}": size for name, size in parts.items()}
     return tensors
-
-
-MAMBA = {
-    "ssm.conv_kernel": 4,
-    "ssm.inner_size": 128,
-    "ssm.state_size": 16,
-    "ssm.time_step_rank": 4,
-}
-"""Fields of a Mamba of the width 64."""
 
 
 if __name__ == "__main__":

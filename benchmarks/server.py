@@ -43,6 +43,8 @@ REPLY_TOKENS: Final = 24
 OVERHEAD_SAMPLES: Final = 150
 CLIENTS: Final = 4
 SPEED_REPEATS: Final = 3
+SPEED_TOKENS: Final = 128
+"""Of each reply whose tokens per second are measured."""
 AFTER_RESTART: Final = "after a restart"
 
 LEAST_DECODE: Final = 0.95
@@ -289,8 +291,8 @@ def decode_rate(server: Running, seed: str) -> float:
     """Return the tokens per second of one client, from its first piece of text to its last."""
     dice = random.Random(seed)  # noqa: S311 - not for secrets
     message = {"role": "user", "content": text_of(dice, 200)}
-    asked = asyncio.run(ask(server.url, [message], max_tokens=128))
-    return 127 / asked.decode_s
+    asked = asyncio.run(ask(server.url, [message], max_tokens=SPEED_TOKENS))
+    return (SPEED_TOKENS - 1) / asked.decode_s
 
 
 def throughput(server: Running, seed: str) -> float:
@@ -300,8 +302,8 @@ def throughput(server: Running, seed: str) -> float:
         dice = random.Random(seed)  # noqa: S311 - not for secrets
         asked = [[{"role": "user", "content": text_of(dice, 40)}] for _ in range(CLIENTS)]
         begun = perf_counter()
-        await asyncio.gather(*(ask(server.url, one, max_tokens=128) for one in asked))
-        return CLIENTS * 128 / (perf_counter() - begun)
+        await asyncio.gather(*(ask(server.url, one, max_tokens=SPEED_TOKENS) for one in asked))
+        return CLIENTS * SPEED_TOKENS / (perf_counter() - begun)
 
     return asyncio.run(run())
 

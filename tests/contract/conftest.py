@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from random_model import (
-    MAMBA,
-    WITH_CONVOLUTIONS,
-    WITH_EXPERTS,
-    WITH_WINDOW,
-    Shape,
-    write_random_model,
-)
+from random_model import SHAPES, Shape, write_random_model
 from recollect import config
 from recollect.conversation.formats import RunOptions, load_runtime
 from recollect.models.onnx_folder import Precision
@@ -65,14 +58,10 @@ RUNTIMES: dict[str, Maker] = {
     "openvino-exact": _openvino,
 }
 LLAMA_SHAPES = {
-    "llama-exact": Shape(),
-    "llama-window": WITH_WINDOW,
-    "llama-recurrent": Shape(architecture="mamba", fields=MAMBA),
-    "llama-hybrid": WITH_CONVOLUTIONS,
-    "llama-experts": WITH_EXPERTS,
+    **{f"llama-{name}": shape for name, shape in SHAPES.items()},
     "llama-qwen3": Shape(architecture="qwen3", head_norms=True),
 }
-"""Random models for llama.cpp: one that is plain, one that forgets, one that chooses who computes."""
+"""Random models for llama.cpp, in profile `exact`."""
 LLAMA_FILES = {f"llama-{name}": name for name in ("smollm2", "gemma-3-270m", "qwen2.5-coder-0.5b")}
 """Real ones, with weights unpacked to f32."""
 WITHOUT_WEIGHTS = [

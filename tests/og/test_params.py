@@ -1,8 +1,13 @@
 """Search options: names, defaults, types and refusals, alike in the original and here."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from random_model import Shape, write_bytes_as_vocabulary, write_random_model
+from recollect import og
 
 DEFAULTS = {
     "batch_size": 1.0,
@@ -110,3 +115,21 @@ def test_several_sequences_are_refused_with_a_remedy(own: Any, option: str) -> N
 def test_a_model_that_is_not_there_is_a_runtime_error(own: Any) -> None:
     with pytest.raises(RuntimeError, match="no model"):
         own.og.Model("./not-here")
+
+
+def test_device_and_kv_type_are_those_of_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECOLLECT_HOME", str(tmp_path / "home"))
+    letters = write_bytes_as_vocabulary(tmp_path / "letters.gguf")
+    file = write_random_model(tmp_path / "random.gguf", Shape(head_size=32), vocabulary_of=letters)
+    open_model = partial(og.Model, file, runtime="llama")
+    model = open_model(device="cpu", kv_type="q8_0")
+    info = model.loaded.engine.info
+    assert info.device == "CPU"
+    assert info.kv_format.startswith("q8_0,")
+    model.close()
+    with pytest.raises(RuntimeError, match="has no device 'Metal' here: it has CPU"):
+        open_model(device="Metal")
+    with pytest.raises(RuntimeError, match="no KV type 'f12': choose one of f32"):
+        open_model(kv_type="f12")

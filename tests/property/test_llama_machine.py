@@ -12,14 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from random_model import (
-    MAMBA,
-    WITH_CONVOLUTIONS,
-    WITH_EXPERTS,
-    WITH_WINDOW,
-    Shape,
-    write_random_model,
-)
+from random_model import SHAPES, write_random_model
 from recollect import config
 from recollect.conversation.formats import RunOptions, load_runtime
 from recollect.engine.engine import Engine
@@ -31,13 +24,6 @@ from recollect.runtime.base import Row
 from recollect.runtime.llama_model import LlamaOptions
 from recollect.runtime.llamacpp import LlamaCppRuntime, load_llama
 
-SHAPES = {
-    "plain": Shape(),
-    "window": WITH_WINDOW,
-    "experts": WITH_EXPERTS,
-    "recurrent": Shape(architecture="mamba", fields=MAMBA),
-    "hybrid": WITH_CONVOLUTIONS,
-}
 CONTEXT = 320
 NUM_BLOCKS = 40
 LIMIT = 1e-2

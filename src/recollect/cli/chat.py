@@ -35,7 +35,6 @@ from recollect.cli.options import (
     takes_model_options,
     unlock_home,
 )
-from recollect.cli.web import open_page
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Overflow
@@ -357,6 +356,8 @@ def chat(
     What does not go to a terminal is plain text.
     """
     if web:
+        from recollect.cli.web import open_page  # noqa: PLC0415 - loads HTTP, which few need
+
         open_page(None if model is None else [model], loading)
         return
     values: dict[str, Any] = {

@@ -33,7 +33,13 @@ from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, res
 from recollect.models.gguf_weights import part_names
 from recollect.models.listing import installed, size_bytes
 from recollect.models.prepare import known_context_length
-from recollect.server.settings import DEFAULT_MAX_TOKENS, Limits, Settings
+from recollect.server.settings import (
+    DEFAULT_HOST,
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_PORT,
+    Limits,
+    Settings,
+)
 from recollect.types import SamplingParams
 
 if TYPE_CHECKING:  # its libraries are an extra
@@ -110,7 +116,7 @@ def serve(
             about="The address to listen on; any other than 127.0.0.1 needs a key.",
             metavar="H",
         ),
-    ] = "127.0.0.1",
+    ] = DEFAULT_HOST,
     port: Annotated[
         int,
         # Ports are numbers of 16 bits.
@@ -121,7 +127,7 @@ def serve(
             min=0,
             max=65535,
         ),
-    ] = 8765,
+    ] = DEFAULT_PORT,
     public: Annotated[
         list[Path] | None,
         _several(

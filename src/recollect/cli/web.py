@@ -14,10 +14,10 @@ from typing import Annotated, Final
 import typer
 
 from recollect.cli.options import USUAL, ModelOptions, takes_model_options
+from recollect.server.settings import DEFAULT_PORT
 
 app = typer.Typer()
 
-DEFAULT_PORT: Final = 8765
 _WAIT_S: Final = 2.0
 """For an answer from this machine; who does not answer by then is no server of ours."""
 

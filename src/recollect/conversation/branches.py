@@ -124,17 +124,10 @@ class BranchGeneration(ReplyGeneration):
         """Return what the reply has cost so far, and why tokens had to be computed again."""
         return explained(super().usage(), self.turn.expected)
 
-    def close(self) -> None:
-        """
-        End the reply; the exploration keeps it, where it is to be. Calling it again does nothing.
-
-        Raises:
-            StoreError: The journal cannot keep it.
-        """
-        if self._closed:
-            return
+    def _close(self) -> None:
+        """End the reply, and let the exploration have it."""
         try:
-            super().close()
+            super()._close()
             self._end_branch(self)
         finally:
             if self._told is not None:

@@ -10,18 +10,17 @@ template shows it otherwise, some nodes are encoded one by one, and the others a
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
-from recollect.conversation.prompt import PromptEncoder, ToolSchemas
+from recollect.conversation.prompt import ToolSchemas
 from recollect.conversation.tree import Node
-from recollect.conversation.turn import ANSWERED
+from recollect.conversation.turn import ANSWERED, ModelParts
 from recollect.engine.engine import Engine
 from recollect.engine.sequence import warm_tokens
 from recollect.engine.tier import Rates
 from recollect.errors import StoreError, TemplateError
 from recollect.kv.blocks import PUBLIC, CachedBlock
 from recollect.kv.record import Key
-from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Shown
 from recollect.types import Message
 
@@ -193,22 +192,6 @@ def _child(block: CachedBlock | None, token_ids: tuple[int, ...]) -> CachedBlock
     return None if block is None else block.children.get(token_ids)
 
 
-class Parts(Protocol):
-    """What costs depend on; `Model` has all of it."""
-
-    @property
-    def engine(self) -> Engine:
-        """Return what has the KV."""
-
-    @property
-    def prompts(self) -> PromptEncoder:
-        """Return the encoder from a path through the tree to token ids."""
-
-    @property
-    def template(self) -> ChatTemplate:
-        """Return what shows a conversation as the model's text."""
-
-
 _Kind = tuple[str, bool]
 """Of a message, as templates tell them apart: its role, and whether it calls tools."""
 _START: Final[_Kind] = ("", False)
@@ -232,14 +215,14 @@ class Costs:
     Invariant: a node's state is found from its parent's, and once.
     """
 
-    def __init__(self, parts: Parts, *, namespace: str = "", tools: ToolSchemas = ()) -> None:
+    def __init__(self, model: ModelParts, *, namespace: str = "", tools: ToolSchemas = ()) -> None:
         self.work: Final = Work()
         """What was done so far."""
-        self._engine, self._prompts = parts.engine, parts.prompts
-        self._render = parts.template.render
+        self._engine, self._prompts = model.engine, model.prompts
+        self._render = model.template.render
         self._tools = list(tools)
-        self._walks = Walks(parts.engine, namespace, self.work)
-        self._rates = parts.engine.rates()
+        self._walks = Walks(model.engine, namespace, self.work)
+        self._rates = model.engine.rates()
         self._between: dict[tuple[_Kind, _Kind], str] = {}
         self._refused: set[tuple[_Kind, _Kind]] = set()
         self._states: dict[Node, _State] = {}

@@ -171,12 +171,12 @@ class Exploration:
         """End it, and wait until the engine has nothing to do for it any more."""
         self.stop()
         with self._changing:
-            for reply in list(self._running):
-                reply.stop()  # those that were begun meanwhile
-            for reply in list(self._running):
-                reply.finish()
-                with suppress(Exception):  # nobody asks what came of it
-                    reply.close()
+            left = list(self._running)  # with those that were begun meanwhile
+        for reply in left:
+            reply.stop()
+        for reply in left:
+            with suppress(Exception):  # nobody asks what came of it
+                reply.close()
 
     def __enter__(self) -> Self:
         return self

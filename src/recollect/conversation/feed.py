@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic, time_ns
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.event_log import Event, EventLog, Watch
 from recollect.conversation.tree import DETACHED, Node
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine
-from recollect.engine.reply import GeneratedReply
+from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import RecollectError
 from recollect.journal.changes import Change, NamesOf
 from recollect.journal.journal import JOURNAL_NAME, Journal
@@ -51,41 +51,15 @@ _RETRY_S: Final = 5.0
 """After which a journal that could not be read is tried again."""
 
 
-class Read(Protocol):
-    """A reply that is told of while it is generated."""
-
-    @property
-    def text(self) -> str:
-        """Return the text given out so far."""
-
-    @property
-    def prefill_progress(self) -> tuple[int, int]:
-        """Return how many tokens of the prompt have KV by now, and how many there are."""
-
-
-class Asker(Protocol):
-    """Who asked for a reply: a session."""
-
-    @property
-    def conversation(self) -> Conversation:
-        """Return the conversation."""
-
-    @property
-    def namespace(self) -> str:
-        """Return the namespace, within which alone it is told."""
-
-    @property
-    def name(self) -> str | None:
-        """Return the branch that moves; None: none does."""
-
-
 @dataclass(frozen=True, slots=True)
 class AskedBy:
-    """Who asked for a reply, as a value."""
+    """Who asked for a reply."""
 
     conversation: Conversation
     namespace: str
+    """Within which alone it is told."""
     name: str | None
+    """The branch that moves; None: none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +82,7 @@ class ToldReply:
         feed: "Feed",
         namespace: str,
         conversation: Conversation,
-        read: Read,
+        read: ReplyGeneration,
         reader: Callable[[], ReplyReader],
     ) -> None:
         self.id: Final = f"reply_{time_ns():x}_{id(self):x}"
@@ -295,8 +269,8 @@ class Feed:
 
     def reply(
         self,
-        read: Read,
-        session: Asker,
+        read: ReplyGeneration,
+        asker: AskedBy,
         at: Node,
         asked: Asked | None,
         begun: tuple[Begun, CallRules | None],
@@ -306,18 +280,18 @@ class Feed:
 
         Args:
             read: The reply.
-            session: Whose it is.
+            asker: Whose it is.
             at: What it follows, or what its question follows.
             asked: Its question, where that is saved and not in the tree yet; None: there is none.
             begun: How reasoning stands where it begins, and what its calls look like.
         """
-        conversation = session.conversation
+        conversation = asker.conversation
         make = partial(ReplyReader, *begun)
-        told = ToldReply(self, session.namespace, conversation, read, make)
+        told = ToldReply(self, asker.namespace, conversation, read, make)
         self._replies[id(told)] = told
         place = next((one for one in reversed(at.path()) if one.id != DETACHED), at)
         parent = conversation.saved_id(place) if asked is None else asked.ids[-1]
-        told.tell("reply.started", parent=parent, branch=session.name)
+        told.tell("reply.started", parent=parent, branch=asker.name)
         return told
 
     def job(self, namespace: str, kind: str, model: str) -> Callable[[], None]:

@@ -19,7 +19,7 @@ from recollect.conversation.async_reply import AsyncSpeaker
 from recollect.conversation.branches import Origin
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.explore import Explorer
-from recollect.conversation.feed import ToldReply
+from recollect.conversation.feed import AskedBy, ToldReply
 from recollect.conversation.matching import Change
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
@@ -607,8 +607,9 @@ class ReplyStream(ReplyGeneration):
         except BaseException:
             session.conversation.take_back(asked)
             raise
+        asker = AskedBy(session.conversation, session.namespace, session.name)
         told = self._told = session.model.feed.reply(
-            self, session, self._turn.at, asked, (self._begun, self._rules)
+            self, asker, self._turn.at, asked, (self._begun, self._rules)
         )
         # Runs too if the stream is garbage-collected without having been read.
         self._free = weakref.finalize(self, _give_up, self._task, session, asked, told)
@@ -642,16 +643,8 @@ class ReplyStream(ReplyGeneration):
             raise ConversationError("The reply was stopped before it began: ask again.")
         return self.reply
 
-    def close(self) -> None:
-        """
-        End the reply and save its text so far. Calling it again does nothing.
-
-        Raises:
-            StoreError: The journal cannot save it. The conversation is as it was.
-        """
-        if self._closed:
-            return
-        self._closed = True
+    def _close(self) -> None:
+        """End the reply and save its text so far; where that fails, the conversation is as it was."""
         try:
             self.finish()
             self.release()

@@ -7,6 +7,7 @@ what a reply will need before it is asked for, and the reply tells what of it wa
 and a tokenizer; not what a conversation is, nor where a reply is kept.
 """
 
+import threading
 import time
 from bisect import bisect_right
 from collections import deque
@@ -321,6 +322,7 @@ class ReplyGeneration:
         self._read_to_end = False  # there is nothing more to wait for
         self._is_whole = False
         self._closed = False
+        self._closing = threading.RLock()  # so that a second caller of `close` waits for the first
         self.reply: GeneratedReply | None = None
         """The whole reply, once it is closed; None before, and where nothing came of it."""
 
@@ -482,10 +484,21 @@ class ReplyGeneration:
         self._generator.close()
 
     def close(self) -> None:
-        """End the reply here, and make it a whole one. Calling it again does nothing."""
-        if self._closed:
-            return
-        self._closed = True
+        """
+        End the reply here, and make it a whole one; a reply of a conversation is saved there.
+
+        Calling it again does nothing, but waits while another thread is closing the reply.
+
+        Raises:
+            StoreError: The journal cannot save it. The conversation is as it was.
+        """
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._close()
+
+    def _close(self) -> None:
+        """Do what `close` does, once; a subclass adds where the reply is saved."""
         self.finish()
         self.release()
         self.reply = self._whole()

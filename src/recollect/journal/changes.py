@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from recollect.journal.records import NodeRecord
 from recollect.journal.rows import NODE_COLUMNS, Row, is_sound, read_name, read_node, read_tip
+from recollect.journal.schema import MOST_CHANGES
 from recollect.journal.statements import Statements
 
 ChangeKind = Literal[
@@ -26,9 +27,6 @@ ChangeKind = Literal[
 
 MOST_READ: Final = 500
 """Notes that are read at once; a reader that is told of more reads again."""
-MOST_KEPT: Final = 10_000
-"""Notes that the journal has, as its trigger `forget_changes` says: whoever is further behind has missed
-some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +74,13 @@ def response_item(label: str) -> str:
     return f"msg_{label.removeprefix('resp_')}"
 
 
+def response_of(sql: Statements, conversation_id: int, node_id: int) -> str | None:
+    """Return the label of the response that a message is, the last by name of several; None: it is none."""
+    query = "SELECT label FROM labels WHERE conversation_id = ? AND node_id = ? ORDER BY label DESC LIMIT 1"
+    row: Row | None = sql.connection.execute(query, (conversation_id, node_id)).fetchone()
+    return None if row is None else row[0]
+
+
 NamesOf = tuple[str | None, dict[int, str]]
 """The label of a conversation, None where it is gone, and ids of messages by those in the journal."""
 
@@ -86,24 +91,39 @@ def names_of(sql: Statements, conversation_id: int, node_ids: Sequence[int]) -> 
     row: Row | None = sql.connection.execute(query, (conversation_id,)).fetchone()
     if row is None:
         return None, {}
-    return row[0], {one: _name(sql, conversation_id, row[0], one) for one in node_ids}
+    names = _Names(sql)
+    return row[0], {one: names.item(conversation_id, row[0], one) for one in node_ids}
 
 
-def _name(sql: Statements, conversation_id: int, label: str, node_id: int) -> str:
-    labels = sql.connection.execute(
-        "SELECT label FROM labels WHERE conversation_id = ? AND node_id = ?",
-        (conversation_id, node_id),
-    ).fetchall()
-    if labels:
-        return response_item(labels[-1][0])
-    return item_name(label, _ordinal(sql, conversation_id, node_id))
+class _Names:
+    """Names of messages, in one transaction."""
 
+    def __init__(self, sql: Statements) -> None:
+        self._sql = sql
+        self._counted: dict[int, tuple[int, int]] = {}
+        """By conversation, the message that was counted last, and its number."""
 
-def _ordinal(sql: Statements, conversation_id: int, node_id: int) -> int:
-    """Return how many messages of a conversation there are up to one."""
-    query = "SELECT count(*) FROM nodes WHERE conversation_id = ? AND id <= ?"
-    (count,) = sql.connection.execute(query, (conversation_id, node_id)).fetchone()
-    return int(count)
+    def item(self, conversation_id: int, label: str, node_id: int) -> str:
+        """Return the id of a message by which a server's clients know it."""
+        response = response_of(self._sql, conversation_id, node_id)
+        if response is not None:
+            return response_item(response)
+        return item_name(label, self.number(conversation_id, node_id))
+
+    def number(self, conversation_id: int, node_id: int) -> int:
+        """
+        Return how many messages of a conversation there are up to one.
+
+        Counts from the message that was asked for before: changes that follow each other are mostly about
+        messages that do, and to count from the first one takes long in a conversation of thousands.
+        """
+        before, number = self._counted.get(conversation_id, (0, 0))
+        first, last = sorted((before, node_id))
+        query = "SELECT count(*) FROM nodes WHERE conversation_id = ? AND id > ? AND id <= ?"
+        (count,) = self._sql.connection.execute(query, (conversation_id, first, last)).fetchone()
+        number += int(count) if node_id > before else -int(count)
+        self._counted[conversation_id] = node_id, number
+        return number
 
 
 def last_change(sql: Statements) -> int:
@@ -121,7 +141,8 @@ def changes_after(sql: Statements, after: int, namespaces: Collection[str]) -> C
         StoreCorruptError: A row is not what was written.
     """
     last = last_change(sql)
-    if last - after > MOST_KEPT or last < after:  # the file is another one by now
+    # Some notes were forgotten, or the file is another one by now.
+    if last - after > MOST_CHANGES or last < after:
         return Changes((), last, is_whole=False)
     rows = sql.connection.execute(
         "SELECT c.id, c.kind, c.conversation_id, c.node_id, c.name, coalesce(v.namespace, c.namespace), "
@@ -143,6 +164,7 @@ class _Reading:
 
     def __init__(self, sql: Statements, rows: Sequence[Row], namespaces: Collection[str]) -> None:
         self._sql = sql
+        self._names = _Names(sql)
         self._rows = [row for row in rows if row[5] in namespaces]
         self._tips = [
             (number, row[2], row[3], self._branch(row))
@@ -185,7 +207,7 @@ class _Reading:
             return self._message(number, row)
         if kind == "label.set":
             return self._renamed(row)
-        item = item_name(label, _ordinal(self._sql, conversation_id, node_id) + 1)
+        item = item_name(label, self._names.number(conversation_id, node_id) + 1)
         return Change(kind=kind, namespace=namespace, conversation=label, item=item)
 
     def _message(self, number: int, row: Row) -> Change | None:
@@ -219,7 +241,7 @@ class _Reading:
         """Return what a message is called now; None where its own change says so."""
         if row[3] in self._new:
             return None
-        was = item_name(row[6], _ordinal(self._sql, row[2], row[3]))
+        was = item_name(row[6], self._names.number(row[2], row[3]))
         return Change(
             kind="message.renamed",
             namespace=row[5],
@@ -250,4 +272,4 @@ class _Reading:
     def _item(self, row: Row, node_id: int | None) -> str | None:
         if node_id is None:
             return None
-        return _name(self._sql, row[2], row[6], node_id)
+        return self._names.item(row[2], row[6], node_id)

@@ -344,8 +344,8 @@ class Database:
             if schema.has_index(connection) and not schema.can_index():
                 raise StoreUnavailableError(
                     f"{self.path} has an index for searches, and the SQLite of this Python "
-                    f"({sqlite3.sqlite_version}) was built without FTS5, which keeps it: use a Python "
-                    "that has it."
+                    f"({sqlite3.sqlite_version}) was built without FTS5, which the index "
+                    "needs: use a Python that has it."
                 )
             # Not integrity_check, which also compares indexes with tables and takes several times as long.
             found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]

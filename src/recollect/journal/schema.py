@@ -289,8 +289,8 @@ def purge_index(connection: sqlite3.Connection, *, whole: bool = False) -> None:
         connection.execute(f"INSERT INTO {INDEX} ({INDEX}) VALUES (?)", (command,))  # noqa: S608 - no value
 
 
-_MOST_CHANGES: Final = 10_000
-"""Rows of what has changed; the oldest go first. About 1 MB, and hours of many conversations."""
+MOST_CHANGES: Final = 10_000
+"""Notes of what has changed; the oldest go first. About 1 MB, and hours of many conversations."""
 
 # What changes is noted by triggers, in the transaction that changes it: so whoever watches hears of each
 # change once, in order, whichever process made it. A value of `name` is sealed where that of `tips` is.
@@ -307,7 +307,7 @@ _CHANGES: Final = (
     """,
     f"""
     CREATE TRIGGER forget_changes AFTER INSERT ON changes BEGIN
-        DELETE FROM changes WHERE id <= NEW.id - {_MOST_CHANGES};
+        DELETE FROM changes WHERE id <= NEW.id - {MOST_CHANGES};
     END
     """,  # noqa: S608 - no value
     """

@@ -19,6 +19,7 @@ from typing import Final, Self
 
 from recollect.errors import InvalidParameterError
 from recollect.journal import schema
+from recollect.journal.changes import response_of
 from recollect.journal.records import DEFAULT_TIP, Hit
 from recollect.journal.rows import NODE_COLUMNS, Row, is_sound, read_content
 from recollect.journal.statements import Statements
@@ -227,11 +228,6 @@ class Search:
         hits = []
         for (node_id, _, conversation_id, _, role, _, created_at, *_), snippet in found:
             branch, number = places[conversation_id][node_id]
-            labels = self._rows(
-                "SELECT label FROM labels WHERE conversation_id = ? AND node_id = ?",
-                conversation_id,
-                node_id,
-            )
             hits.append(
                 Hit(
                     conversation=infos[conversation_id].name,
@@ -243,7 +239,7 @@ class Search:
                     node_id=node_id,
                     label=infos[conversation_id].label,
                     number=number,
-                    node_label=labels[0][0] if labels else None,
+                    node_label=response_of(self._sql, conversation_id, node_id),
                 )
             )
         return hits

@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,10 +296,9 @@ class LlamaLibrary:
 
     def __init__(self, found: Found) -> None:
         self.found = found
-        if not _WAITING & os.environ.keys():
-            os.environ["GOMP_SPINCOUNT"] = _SPINS
         try:
-            self._library = _loaded(found.path)
+            with _short_spins():
+                self._library = _loaded(found.path)
             for name, (result, arguments) in _FUNCTIONS.items():
                 function = getattr(self._library, name)
                 function.restype, function.argtypes = result, list(arguments)
@@ -399,12 +399,14 @@ class LlamaLibrary:
         )
 
 
-_WAITING: Final = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
-"""What somebody may have said of waiting; libgomp reads them when it is loaded."""
+_SPIN_COUNT: Final = "GOMP_SPINCOUNT"
+_WAIT_POLICY: Final = "OMP_WAIT_POLICY"
 _SPINS: Final = "1000"
 """
-How often a thread looks, before it sleeps, whether the others are done: for about 50 us, and not for up to
-14 ms as by default, in which other work on the same cores holds up all threads. Source: LOG.md, 2026-11-27.
+How often a waiting thread looks whether the others are done before it sleeps: for about 50 us, and not for
+up to 14 ms as by default, in which other work on the same cores holds up all threads. It is what libgomp
+itself takes for `OMP_WAIT_POLICY=active` where there are more threads than cores. Source: LOG.md,
+2026-11-27, and the manual of libgomp, GOMP_SPINCOUNT.
 """
 _ERROR_LEVEL: Final = 4
 """Of `enum ggml_log_level`; 5 continues the line before."""
@@ -413,6 +415,25 @@ _ERROR_LEVEL: Final = 4
 def _first_wrong(params: ctypes.Structure, expected: Mapping[str, Any]) -> str | None:
     """Return the first field that has not the value that it is known to have."""
     return next((name for name, value in expected.items() if getattr(params, name) != value), None)
+
+
+@contextmanager
+def _short_spins() -> Iterator[None]:
+    """
+    Let threads of libgomp wait for a short time only, if it is loaded within and nobody has said otherwise.
+
+    libgomp reads the environment once, when it is loaded. Afterwards the variable is taken out again: no
+    process that is started later has it. It does nothing where another library, such as PyTorch, has loaded
+    the same libgomp before; one that comes later waits as llama.cpp does.
+    """
+    if {_SPIN_COUNT, _WAIT_POLICY} & os.environ.keys():
+        yield
+        return
+    os.environ[_SPIN_COUNT] = _SPINS
+    try:
+        yield
+    finally:
+        os.environ.pop(_SPIN_COUNT, None)
 
 
 def _loaded(path: Path) -> ctypes.CDLL:

@@ -255,8 +255,8 @@ class LlamaModel:
     def _needed_and_there(self, lanes: int, cells: int) -> str:
         """Return how much memory lanes take and how much is free, on cards and elsewhere, as a clause."""
         (fixed, per_token), share = self.state_bytes, self._share_on_cards()
-        card = math.ceil(share * lanes * (fixed + cells * per_token))
-        host = math.ceil((1 - share) * lanes * (fixed + cells * per_token))
+        total = lanes * (fixed + cells * per_token)
+        card, host = math.ceil(share * total), math.ceil((1 - share) * total)
         there = f"{host:,} bytes of memory, of which {psutil.virtual_memory().available:,} are free"
         if not card:
             return there

@@ -6,8 +6,8 @@ one row of a pass: what a row's lane lacks is joined from blocks into one state 
 what a pass computes is newer in its lane until somebody wants the block (it is dirty), and is then cut out
 of the lane's state. `LlamaCppRuntime` does that. A recurrent state cannot be cut: each block has that after
 the last of its tokens. Where the arrangement of states is not understood, `LlamaSequences` serves the
-contract for runtimes that own their KV. `load_llama` says which of the two, and
-on which device. Does not know which block belongs to which sequence.
+contract for runtimes that own their KV. `load_llama` says which of the two, and on which device. Does not
+know which block belongs to which sequence.
 """
 
 import logging
@@ -283,9 +283,8 @@ class LlamaCppRuntime:
         if job.row.sequence is not None:
             job.row.sequence.computed_to(end)
         job.at = end
-        if (
-            end % self._step == 0
-        ):  # what leaves the window now, or this state, is in no lane any more
+        # What leaves the window now, or this recurrent state, is in no lane any more.
+        if end % self._step == 0:
             self._settle([block for block, (lane, _) in self._dirty.items() if lane is job.lane])
 
     def _place(self, row: Row, free: Sequence[_Lane]) -> _Job:

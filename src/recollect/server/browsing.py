@@ -15,25 +15,24 @@ from recollect.server.conversation_view import (
     ConversationView,
     branches,
     checkpoints,
+    is_checkpoint,
     own_name,
     view_of,
 )
 from recollect.server.fields import BodyRoute
 from recollect.server.refusals import naming, not_found
-from recollect.server.response_object import item_list
+from recollect.server.response_object import PAGE, PageLimit, item_list
 from recollect.server.services import client_of, services_of
 
 router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
 
-_PAGE: Final = 20
-_Limit = Annotated[int, Query(ge=1, le=100)]
 _DIGITS: Final = 19
 """Of a number that SQLite can hold, which has 19 at most."""
 
 
 @router.get("/v1/conversations/{conversation_id}/branches")
 def list_branches(
-    conversation_id: str, request: Request, limit: _Limit = _PAGE, after: str | None = None
+    conversation_id: str, request: Request, limit: PageLimit = PAGE, after: str | None = None
 ) -> dict[str, Any]:
     """Return the branches of a conversation, by name, and the items at which they stand."""
     view = view_of(request, conversation_id)
@@ -42,7 +41,7 @@ def list_branches(
 
 @router.get("/v1/conversations/{conversation_id}/checkpoints")
 def list_checkpoints(
-    conversation_id: str, request: Request, limit: _Limit = _PAGE, after: str | None = None
+    conversation_id: str, request: Request, limit: PageLimit = PAGE, after: str | None = None
 ) -> dict[str, Any]:
     """Return the checkpoints of a conversation, by name, and the items at which they are."""
     view = view_of(request, conversation_id)
@@ -69,7 +68,7 @@ def _places(
 def search(
     request: Request,
     query: Annotated[str, Query(min_length=1, max_length=MOST_CHARACTERS)],
-    limit: _Limit = _PAGE,
+    limit: PageLimit = PAGE,
     after: str | None = None,
 ) -> dict[str, Any]:
     """
@@ -87,7 +86,7 @@ def search(
 
 def _hit_body(hit: Hit) -> dict[str, Any]:
     item = own_name(hit.label, hit.number, hit.node_label)
-    is_branch = hit.branch is not None and hit.branch in branches({hit.branch: None})
+    is_branch = hit.branch is not None and not is_checkpoint(hit.branch)
     return {
         "id": item,
         "object": "search.hit",

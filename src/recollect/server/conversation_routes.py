@@ -13,8 +13,9 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field, model_validator
@@ -29,13 +30,14 @@ from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
 from recollect.journal.home import drop_of_conversation, server_facts
-from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
+from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord
 from recollect.server.conversation_view import (
     COPIES,
     ConversationView,
     checkpoint_tip,
     checkpoints,
     conversation_body,
+    conversations_after,
     head_of,
     let_go,
     split_branch,
@@ -43,8 +45,8 @@ from recollect.server.conversation_view import (
 )
 from recollect.server.fields import Body, BodyRoute, Ignored, Items, PlaceName, check_count
 from recollect.server.parts import InputItem, Metadata, kept_schemas, merged
-from recollect.server.refusals import ApiError, naming, not_found
-from recollect.server.response_object import ResponseHead, item_list
+from recollect.server.refusals import ApiError, name_taken, naming, not_found
+from recollect.server.response_object import PAGE, PageLimit, ResponseHead, item_list
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
 
@@ -78,9 +80,9 @@ async def checkpoint(conversation_id: str, body: Checkpoint, request: Request) -
     The place has the name in any case; `kv` says whether its KV is kept, and why not. The same name
     at the same place again tries again.
     """
-    view = await asyncio.to_thread(_name_place, request, conversation_id, body.name)
-    kept = await _keep_kv(request, view, body.name)
-    return {**view.standing(), "checkpoint": body.name, "kv": kept}
+    place = await asyncio.to_thread(_name_place, request, conversation_id, body.name)
+    kept = await _keep_kv(request, place, body.name)
+    return {**place.view.standing(), "checkpoint": body.name, "kv": kept}
 
 
 @router.delete("/v1/conversations/{conversation_id}/checkpoints/{name}")
@@ -107,9 +109,9 @@ def _pin_name(view: ConversationView, name: str) -> str:
     return f"{view.label.name}.{name}"
 
 
-def _name_place(request: Request, conversation_id: str, name: str) -> ConversationView:
+def _name_place(request: Request, conversation_id: str, name: str) -> "StandingPlace":
     """
-    Have a tip stand where the conversation does.
+    Have a tip stand where the conversation does, and return that place.
 
     Raises:
         ApiError: There is no such conversation, or it has that name for another place.
@@ -117,27 +119,21 @@ def _name_place(request: Request, conversation_id: str, name: str) -> Conversati
     view, journal = view_of(request, conversation_id), services_of(request).journal
     known = checkpoints(view.stored.tips)
     if name in known and known[name] != view.tip:
-        raise ApiError(
+        raise name_taken(
             f"There is a checkpoint {name!r} elsewhere in this conversation: take another name, or "
-            "delete that one.",
-            status=409,
-            code="name_taken",
-            param="name",
+            "delete that one."
         )
     if name not in known:
         journal.set_tip(view.stored.id, checkpoint_tip(name), view.tip)
-    return view
+    return StandingPlace.of(request, view)
 
 
-async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[str, Any]:
+async def _keep_kv(request: Request, place: "StandingPlace", name: str) -> dict[str, Any]:
     """Keep the KV up to where a conversation stands, and return what came of it."""
-    if view.tip is None:
+    if place.view.tip is None:
         return _not_kept("nothing has been said yet")
-    services, namespace = services_of(request), client_of(request).namespace
-    head = await asyncio.to_thread(last_head, services, view)
-    place = KeptPlace(services, view, namespace, name, head)
     try:
-        kept = await with_model(request, place.model_name(), place.keep)
+        kept = await with_model(request, place.model_name(), partial(place.keep, name))
     except ApiError as refused:  # too many wait, or the models in use leave no memory
         return _not_kept(refused.message)
     except tuple(kind for kind, _ in _REASONS) as error:
@@ -148,18 +144,34 @@ async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[
 
 
 @dataclass(frozen=True, slots=True)
-class KeptPlace:
-    """Where a conversation stands, as what the model last read there goes on from it."""
+class StandingPlace:
+    """Where a conversation stands, with the model and the tools of the last response there."""
 
     services: Services
     view: ConversationView
     namespace: str
-    name: str
     head: ResponseHead | None
     """Of the last response on the way there."""
 
-    def keep(self, model: Model) -> dict[str, Any]:
-        """Pin its KV, computing what is not there; called on a thread."""
+    @classmethod
+    def of(cls, request: Request, view: ConversationView) -> Self:
+        """Return where a conversation of the client stands that a request is from."""
+        return cls(services_of(request), view, client_of(request).namespace, view.last_head())
+
+    def model_name(self) -> str:
+        """Return which model goes on there: the last one, or the default where that is not served."""
+        hub = self.services.hub
+        last = None if self.head is None else self.head.model
+        return next(
+            (name for name in (last, self.view.stored.model) if name in hub.names), hub.default
+        )
+
+    def tools(self) -> Tools:
+        """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
+        return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
+
+    def keep(self, checkpoint: str, model: Model) -> dict[str, Any]:
+        """Pin the KV of a checkpoint here, computing what is not there; called on a thread."""
         engine, tip = model.engine, self.view.tip
         if not engine.info.reuse.as_bytes:
             return _not_kept("the model's runtime keeps its KV to itself")
@@ -182,70 +194,36 @@ class KeptPlace:
         if len(ids) < engine.info.reuse.unit:
             return _not_kept("the conversation is shorter than a block of KV")
         about = server_facts(conversation.spot(node), self.view.stored.created_at)
-        tokens = self._still_kept(engine, about)
+        name = _pin_name(self.view, checkpoint)
+        tokens = _still_kept(engine, name, about)
         computed = 0
         if tokens is None:
-            name = _pin_name(self.view, self.name)
             made = pin_on_disk(engine, ids, self.namespace, name=name, about=about)
             tokens, computed = made.pin.tokens, made.computed_tokens
-            if checkpoint_tip(self.name) not in self.services.journal.tips(self.view.stored.id):
+            if checkpoint_tip(checkpoint) not in self.services.journal.tips(self.view.stored.id):
                 engine.tier.store.drop_pin(name)
                 return _not_kept("it was deleted meanwhile")
         return {"kept": True, "tokens": tokens, "computed_tokens": computed}
 
-    def _still_kept(self, engine: Engine, about: dict[str, Any]) -> int | None:
-        """Return the tokens of what was pinned here before; what is not whole, or elsewhere, is let go."""
-        tier = engine.tier
-        assert tier is not None, "whoever keeps something has a tier"
-        name = _pin_name(self.view, self.name)
-        former = tier.store.find_pin(name)
-        if former is None:
-            return None
-        is_same = (former.identity, former.about) == (tier.identity.digest().hex(), about)
-        if is_same and tier.store.size_of(former).tokens >= former.tokens:
-            return former.tokens
-        tier.store.drop_pin(name)
+
+def _still_kept(engine: Engine, name: str, about: dict[str, Any]) -> int | None:
+    """Return the tokens of what was pinned by a name; what is not whole, or elsewhere, is let go."""
+    tier = engine.tier
+    assert tier is not None, "whoever keeps something has a tier"
+    former = tier.store.find_pin(name)
+    if former is None:
         return None
-
-    def model_name(self) -> str:
-        """Return which model goes on there."""
-        return model_of(self.services, self.view, self.head)
-
-    def tools(self) -> Tools:
-        """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
-        return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
-
-
-def last_head(services: Services, view: ConversationView) -> ResponseHead | None:
-    """Return what is known of the last response on the way to where a conversation stands."""
-    notes = {label.node_id: label for label in services.journal.labels(view.stored.id)}
-    for node in reversed(view.path()):
-        label = notes.get(view.first(node.id))
-        if label is not None and "head" in label.note:
-            return ResponseHead.from_kept(label.name, label.note["head"])
+    is_same = (former.identity, former.about) == (tier.identity.digest().hex(), about)
+    if is_same and tier.store.size_of(former).tokens >= former.tokens:
+        return former.tokens
+    tier.store.drop_pin(name)
     return None
-
-
-def model_of(services: Services, view: ConversationView, head: ResponseHead | None) -> str:
-    """
-    Return which model goes on where a conversation stands: the last one there, if it is served.
-
-    Args:
-        services: Of the server.
-        view: The conversation.
-        head: As `last_head` returns it.
-    """
-    last = None if head is None else head.model
-    hub = services.hub
-    return next((name for name in (last, view.stored.model) if name in hub.names), hub.default)
 
 
 def _not_kept(reason: str) -> dict[str, Any]:
     return {"kept": False, "reason": reason}
 
 
-_PAGE: int = 20
-_Limit = Annotated[int, Query(ge=1, le=100)]
 _TREE_PAGE: int = 1000
 _TreeLimit = Annotated[int, Query(ge=1, le=2000)]
 _Order = Annotated[str, Query(pattern="^(asc|desc)$")]
@@ -317,18 +295,14 @@ def create_conversation(body: NewConversation, request: Request) -> dict[str, An
 @router.get("/v1/conversations")
 def list_conversations(
     request: Request,
-    limit: _Limit = _PAGE,
+    limit: PageLimit = PAGE,
     order: _Order = "desc",
     after: str | None = None,
 ) -> dict[str, Any]:
     """Return a page of the client's conversations, the one used last first."""
-    journal, namespace = services_of(request).journal, client_of(request).namespace
-    with naming("after"):
-        last = None if after is None else head_of(request, after).label.conversation_id
-    page = Page(limit=limit + 1, after=last, newest_first=order == "desc")
-    found = journal.conversations(namespace, page=page)
+    found = conversations_after(request, after, limit + 1, newest_first=order == "desc")
     shown = found[:limit]
-    notes = journal.notes([info.id for info in shown])
+    notes = services_of(request).journal.notes([info.id for info in shown])
     data = [
         {
             **conversation_body(info.label, info.created_at, notes.get(info.id, {})),
@@ -376,7 +350,7 @@ def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any
 def list_items(
     conversation_id: str,
     request: Request,
-    limit: _Limit = _PAGE,
+    limit: PageLimit = PAGE,
     order: _Order = "desc",
     after: str | None = None,
 ) -> dict[str, Any]:
@@ -459,12 +433,7 @@ def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
     view = view_of(request, conversation_id)
     name = body.name or f"fork-{secrets.token_hex(4)}"
     if name in view.stored.tips:
-        raise ApiError(
-            f"There is {name!r} in this conversation already: take another name.",
-            status=409,
-            code="name_taken",
-            param="name",
-        )
+        raise name_taken(f"There is {name!r} in this conversation already: take another name.")
     at = view.tip
     if body.at is not None:
         with naming("at"):
@@ -491,7 +460,7 @@ async def get_tree(
     """
     services = services_of(request)
     place = await asyncio.to_thread(_place_of, request, conversation_id)
-    lease = services.hub.lease(model_of(services, place.view, place.head))
+    lease = services.hub.lease(place.model_name())
     try:
         model = None if lease is None else lease.model
         return await asyncio.to_thread(_tree, place, after, limit, model)
@@ -500,18 +469,13 @@ async def get_tree(
             lease.release()
 
 
-def _place_of(request: Request, conversation_id: str) -> KeptPlace:
-    return standing_place(request, view_of(request, conversation_id))
+def _place_of(request: Request, conversation_id: str) -> StandingPlace:
+    return StandingPlace.of(request, view_of(request, conversation_id))
 
 
-def standing_place(request: Request, view: ConversationView) -> KeptPlace:
-    """Return where a conversation stands, with the model and the tools of the last response there."""
-    services = services_of(request)
-    head = last_head(services, view)
-    return KeptPlace(services, view, client_of(request).namespace, "", head)
-
-
-def _tree(place: KeptPlace, after: str | None, limit: int, model: Model | None) -> dict[str, Any]:
+def _tree(
+    place: StandingPlace, after: str | None, limit: int, model: Model | None
+) -> dict[str, Any]:
     view = place.view
     with naming("after"):
         shown = view.nodes_after(after, limit)
@@ -522,7 +486,7 @@ def _tree(place: KeptPlace, after: str | None, limit: int, model: Model | None) 
     tips = [nodes[tip] for tip in (view.tip, *view.stored.tips.values())]
     found = costs.of([nodes[one.id] for one in shown], first=tips)
     by_id = {one.id: found[nodes[one.id]] for one in shown}
-    return view.tree(shown, by_id, model_of(place.services, view, place.head))
+    return view.tree(shown, by_id, place.model_name())
 
 
 def _check_items(request: Request, items: list[InputItem]) -> None:

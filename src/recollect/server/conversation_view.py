@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from fastapi import Request
 
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.costs import GoingOn
+from recollect.conversation.feed import CHECKPOINT
 from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
@@ -26,11 +27,19 @@ from recollect.encryption import KV_PURPOSE
 from recollect.errors import StoreError
 from recollect.journal.changes import item_name, response_item
 from recollect.journal.journal import Journal
-from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
+from recollect.journal.records import (
+    DEFAULT_TIP,
+    ConversationInfo,
+    Label,
+    NewNode,
+    NodeRecord,
+    Page,
+    StoredConversation,
+)
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.server.hub import OpenConversations
-from recollect.server.refusals import ApiError, not_found, quoted
-from recollect.server.response_object import items_of
+from recollect.server.refusals import ApiError, naming, not_found, quoted
+from recollect.server.response_object import ResponseHead, items_of
 from recollect.server.services import client_of, services_of
 from recollect.server.settings import Settings
 from recollect.server.usage import recorded
@@ -44,8 +53,6 @@ the next one does not inherit."""
 COPIES = "copies"
 """In the note of a conversation: which messages are the same as others, said again on another path
 after an item was deleted. Ids in the journal, as texts, and of the message that was said first."""
-_CHECKPOINT: Final = "checkpoint:"
-"""What the tips that checkpoints are begin with: no branch that a client names has a colon in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +76,12 @@ def split_branch(conversation_id: str) -> tuple[str, str]:
 
 def branches(tips: Mapping[str, int | None]) -> dict[str, int | None]:
     """Return those of a conversation's tips that move with what is said."""
-    return {name: at for name, at in tips.items() if not name.startswith(_CHECKPOINT)}
+    return {name: at for name, at in tips.items() if not is_checkpoint(name)}
 
 
 def checkpoints(tips: Mapping[str, int | None]) -> dict[str, int | None]:
     """Return where a conversation's checkpoints are, by the names that clients gave them."""
-    return {
-        name.removeprefix(_CHECKPOINT): at
-        for name, at in tips.items()
-        if name.startswith(_CHECKPOINT)
-    }
+    return {name.removeprefix(CHECKPOINT): at for name, at in tips.items() if is_checkpoint(name)}
 
 
 def copies_of(label: Label) -> dict[int, int]:
@@ -88,7 +91,12 @@ def copies_of(label: Label) -> dict[int, int]:
 
 def checkpoint_tip(name: str) -> str:
     """Return the name of the tip that a checkpoint is."""
-    return _CHECKPOINT + name
+    return CHECKPOINT + name
+
+
+def is_checkpoint(tip: str) -> bool:
+    """Return whether a tip is a checkpoint and no branch: a branch's name has no colon in it."""
+    return tip.startswith(CHECKPOINT)
 
 
 class Places:
@@ -329,8 +337,8 @@ class ConversationView:
     stored: StoredConversation
     branch: str
     label: Label
-    responses: dict[int, str]
-    """Response ids, by node."""
+    responses: dict[int, Label]
+    """The labels of those nodes that are responses, by node."""
     names: dict[int, str]
     """Of all nodes, each its own."""
     copies: dict[int, int]
@@ -348,12 +356,13 @@ class ConversationView:
         label = head.label
         stored = journal.load(label.conversation_id, namespace=namespace)
         responses = {
-            one.node_id: one.name
+            one.node_id: one
             for one in journal.labels(label.conversation_id)
             if one.node_id is not None
         }
+        response_ids = {node_id: one.name for node_id, one in responses.items()}
         names = {
-            node.id: own_name(label.name, number, responses.get(node.id))
+            node.id: own_name(label.name, number, response_ids.get(node.id))
             for number, node in enumerate(stored.nodes, 1)
         }
         copies = copies_of(label)
@@ -388,6 +397,14 @@ class ConversationView:
         """Return the messages up to the tip."""
         return self.stored.path(self.tip)
 
+    def last_head(self) -> ResponseHead | None:
+        """Return what is known of the last response on the way to where the conversation stands."""
+        for node in reversed(self.path()):
+            label = self.responses.get(self.first(node.id))
+            if label is not None and "head" in label.note:
+                return ResponseHead.from_kept(label.name, label.note["head"])
+        return None
+
     def first(self, node_id: int) -> int:
         """Return the node where a message was said first; most are themselves."""
         return self.copies.get(node_id, node_id)
@@ -403,7 +420,7 @@ class ConversationView:
         Raises:
             ApiError: It is not of this conversation.
         """
-        by_name = {response: node for node, response in self.responses.items()}
+        by_name = {one.name: node_id for node_id, one in self.responses.items()}
         for node in self.stored.nodes:
             own = self.names[node.id]
             by_name |= {item["id"]: node.id for item in items_of(own, node)} | {own: node.id}
@@ -467,7 +484,7 @@ class ConversationView:
                 "role": node.role,
                 "items": self.items([node]),
                 "parent_id": None if node.parent_id is None else self.names[node.parent_id],
-                "response_id": self.responses.get(node.id),
+                "response_id": self.responses[node.id].name if node.id in self.responses else None,
                 "created_at": int(node.created_at.timestamp()),
                 "finish_reason": node.finish_reason,
                 "usage": None if node.usage is None else recorded(node.usage).to_dict(),
@@ -597,6 +614,27 @@ def head_of(request: Request, conversation_id: str) -> ConversationHead:
     """
     journal = services_of(request).journal
     return ConversationHead.load(journal, conversation_id, client_of(request).namespace)
+
+
+def conversations_after(
+    request: Request, after: str | None, limit: int, *, newest_first: bool = True
+) -> list[ConversationInfo]:
+    """
+    Return a page of the conversations of the client that a request is from.
+
+    Args:
+        request: Has its client.
+        after: The id of the last conversation of the page before; None: this is the first page.
+        limit: Most conversations to return.
+        newest_first: Whether the one used last comes first.
+
+    Raises:
+        ApiError: There is none of that id, for this client.
+    """
+    with naming("after"):
+        last = None if after is None else head_of(request, after).label.conversation_id
+    page = Page(limit=limit, after=last, newest_first=newest_first)
+    return services_of(request).journal.conversations(client_of(request).namespace, page=page)
 
 
 def view_of(request: Request, conversation_id: str) -> ConversationView:

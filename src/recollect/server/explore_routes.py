@@ -19,10 +19,9 @@ from recollect.conversation.branches import Plan
 from recollect.conversation.explore import Exploration
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
-from recollect.conversation.tools import Tools
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.journal.changes import item_name
-from recollect.server.conversation_routes import last_head, model_of
+from recollect.server.conversation_routes import StandingPlace
 from recollect.server.conversation_view import (
     ConversationView,
     split_branch,
@@ -37,14 +36,11 @@ from recollect.server.fields import (
     check_count,
     named_sampling,
 )
-from recollect.server.parts import Thinking, kept_schemas
-from recollect.server.refusals import ApiError, api_error, naming
-from recollect.server.response_object import ResponseHead
+from recollect.server.parts import Thinking
+from recollect.server.refusals import ApiError, api_error, name_taken, naming
 from recollect.server.services import (
     Job,
-    Services,
     begin,
-    client_of,
     services_of,
     unless_disconnected,
 )
@@ -106,16 +102,14 @@ class Explore(SamplingFields):
 @router.post("/v1/conversations/{conversation_id}/explore")
 async def explore(conversation_id: str, body: Explore, request: Request) -> Response:
     """Try several replies from where a conversation stands, or from one of its items."""
-    services, namespace = services_of(request), client_of(request).namespace
     tried = body.tried()
-    place = "branches" if body.branches is not None else "prompts" if body.prompts else "n"
-    check_count(place, len(tried), services.settings.limits.choices)
-    view, head = await asyncio.to_thread(_standing, request, conversation_id, body)
-    trial = _Trial(services, namespace, body, view, head, _names(view, tried))
-    name = body.model or model_of(services, view, head)
+    field_name = "branches" if body.branches is not None else "prompts" if body.prompts else "n"
+    check_count(field_name, len(tried), services_of(request).settings.limits.choices)
+    place = await asyncio.to_thread(_place_of, request, conversation_id, body)
+    trial = _Trial(place, body, _names(place.view, tried))
     job = await begin(
         request,
-        name,
+        body.model or place.model_name(),
         trial.prepare,
         choices=len(tried),
         keeps=body.keep,
@@ -147,11 +141,9 @@ async def _ended(job: Job) -> list[Ended | Failed]:
     return told
 
 
-def _standing(
-    request: Request, conversation_id: str, body: Explore
-) -> tuple[ConversationView, ResponseHead | None]:
+def _place_of(request: Request, conversation_id: str, body: Explore) -> StandingPlace:
     """
-    Return the conversation at the item to begin from, and what is known of the last response there.
+    Return where the conversation stands, or the item to begin from.
 
     Raises:
         ApiError: There is no such conversation or item, for this client.
@@ -160,7 +152,7 @@ def _standing(
     if body.item is not None:
         with naming("item"):
             view = view.at(view.id, view.branch, view.node_id(body.item))
-    return view, last_head(services_of(request), view)
+    return StandingPlace.of(request, view)
 
 
 def _names(view: ConversationView, tried: Sequence[TriedBranch]) -> list[str]:
@@ -174,11 +166,9 @@ def _names(view: ConversationView, tried: Sequence[TriedBranch]) -> list[str]:
     names = [one.name or f"{prefix}-{number}" for number, one in enumerate(tried, 1)]
     for number, name in enumerate(names):
         if name in view.stored.tips or names.count(name) > 1:
-            raise ApiError(
+            raise name_taken(
                 f"There is {name!r} in this conversation already, or twice in the request: take another "
                 "name.",
-                status=409,
-                code="name_taken",
                 param=f"branches.{number}.name",
             )
     return names
@@ -188,11 +178,8 @@ def _names(view: ConversationView, tried: Sequence[TriedBranch]) -> list[str]:
 class _Trial:
     """One request: where its branches begin, and what they are called. Used by one thread at a time."""
 
-    services: Services
-    namespace: str
+    place: StandingPlace
     body: Explore
-    view: ConversationView
-    head: ResponseHead | None
     names: list[str]
     exploration: Exploration | None = None
     items: dict[int, str] = field(default_factory=dict)
@@ -200,9 +187,10 @@ class _Trial:
 
     def prepare(self, model: Model) -> Sequence[ReplyGeneration]:
         """Have the engine begin all branches."""
-        view, body, settings = self.view, self.body, self.services.settings
-        conversation = self.services.conversations.conversation(
-            model, view.stored.id, namespace=self.namespace, node_id=view.tip
+        place, body = self.place, self.body
+        services, view, namespace = place.services, place.view, place.namespace
+        conversation = services.conversations.conversation(
+            model, view.stored.id, namespace=namespace, node_id=view.tip
         )
         node = None if view.tip is None else conversation.saved_node(view.tip)
         tried = body.tried()
@@ -211,14 +199,13 @@ class _Trial:
             conversation,
             node or conversation.tree.root,
             SamplingParams(),
-            namespace=self.namespace,
-            # They are a part of the prompt: with others, nothing of it could be reused.
-            tools=Tools.of(kept_schemas([] if self.head is None else self.head.tools)),
+            namespace=namespace,
+            tools=place.tools(),
             template_options=None if body.reasoning is None else body.reasoning.options(),
         )
         plan = Plan(
             prompts=[one.prompt for one in tried],
-            params=[body.sampling(number, model, settings) for number in range(len(tried))],
+            params=[body.sampling(n, model, services.settings) for n in range(len(tried))],
             keep=None if body.keep else 0,
             name=self.names,
         )
@@ -235,11 +222,10 @@ class _Trial:
         for branch in self.exploration.branches:
             if branch.reply is reply and branch.node is not None:
                 saved = self.exploration.conversation.saved_id(branch.node)
-                kept = self.services.journal.node_ids(self.view.stored.id)
+                view = self.place.view
+                kept = self.place.services.journal.node_ids(view.stored.id)
                 if saved in kept:  # else the conversation was deleted meanwhile
-                    self.items[branch.index] = item_name(
-                        self.view.label.name, kept.index(saved) + 1
-                    )
+                    self.items[branch.index] = item_name(view.label.name, kept.index(saved) + 1)
 
 
 class _Told(EventWriter):
@@ -308,7 +294,7 @@ class _Told(EventWriter):
         return self._event("completed", **self._head(), usage=self._usage())
 
     def _head(self) -> dict[str, Any]:
-        view = self._trial.view
+        view = self._trial.place.view
         at = None if view.tip is None else view.item_id(view.tip)
         return {"conversation": view.id, "model": self._job.model_name, "item": at}
 
@@ -326,7 +312,7 @@ class _Told(EventWriter):
         reply, branch = event.reply, self._tried[event.choice]
         self._replies[event.choice] = reply
         self._is_over.add(event.choice)
-        base = split_branch(self._trial.view.id)[0]
+        base = split_branch(self._trial.place.view.id)[0]
         return {
             "index": event.choice,
             "branch": branch.name,

@@ -22,7 +22,7 @@ from recollect.server.conversation_view import (
     view_of,
 )
 from recollect.server.fields import Body, BodyRoute, PlaceName
-from recollect.server.refusals import ApiError, not_found
+from recollect.server.refusals import ApiError, name_taken, not_found
 from recollect.server.services import client_of, services_of
 
 router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
@@ -64,12 +64,7 @@ def rename_branch(
     view = _branch(request, conversation_id, branch)
     journal, tips = services_of(request).journal, view.stored.tips
     if body.name in {DEFAULT_TIP, *tips}:
-        raise ApiError(
-            f"There is {body.name!r} in this conversation already: take another name.",
-            status=409,
-            code="name_taken",
-            param="name",
-        )
+        raise name_taken(f"There is {body.name!r} in this conversation already: take another name.")
     journal.set_tip(view.stored.id, body.name, tips[branch])
     journal.drop_tip(view.stored.id, branch)
     label, _ = split_branch(conversation_id)

@@ -32,9 +32,10 @@ MOST_MESSAGES: Final = 2**14
 """Messages of a key that are found again, those used last: 4 MB. A chat of which all are forgotten begins a
 new conversation when it goes on."""
 MOST_BRANCHES: Final = 256
-"""Of one conversation; beyond, what would be one more begins a conversation. All are read for each turn."""
+"""Of one conversation: all are read for each turn. Where one more would be needed, a new conversation
+begins."""
 _READ_AGAIN: Final = 64
-"""Chats of a key that are found again after a restart, those used last."""
+"""Conversations of a key, those used last: the chats among them are found again after a restart."""
 
 _log = logging.getLogger(__name__)
 
@@ -95,35 +96,14 @@ class KeptChats:
         known: OrderedDict[bytes, _Place],
         path: Sequence[Node],
     ) -> None:
-        place, rest = self._found(known, path)
-        new = [node.to_new() for node in rest]
         about = (model.name, model.weights_fingerprint)
+        place, rest = self._found(known, path)
         if place is not None:
-            conversation_id, node_id = place
             try:
-                journal.info(
-                    conversation_id
-                )  # it may have been deleted, and all of it is said again
-                if not rest:
+                if self._goes_on(journal, about, known, place, rest):
                     return
-                tips = journal.tips(conversation_id)
-                # A checkpoint stays where it is; its name has a colon, which no branch of a client has.
-                here = (tip for tip, at in tips.items() if at == node_id and ":" not in tip)
-                tip = next(here, None)
-                if tip is not None or len(tips) < MOST_BRANCHES:
-                    entry = Entry(
-                        nodes=new,
-                        parent_id=node_id,
-                        tip=tip or DEFAULT_TIP,
-                        seen=node_id,
-                        leaves_others=True,
-                        model=about,
-                    )
-                    written = journal.write(conversation_id, entry)
-                    self._learn(known, rest, conversation_id, written.ids)
-                    return
-            except (UnknownConversationError, UnknownNodeError):  # deleted meanwhile
-                for key in [key for key, (one, _) in known.items() if one == conversation_id]:
+            except (UnknownConversationError, UnknownNodeError):  # all of it is said again
+                for key in [key for key, (one, _) in known.items() if one == place[0]]:
                     del known[key]
         note: Mapping[str, object] = {"metadata": {}, KEPT_CHAT: True}
         entry = Entry(nodes=[node.to_new() for node in path], tip=DEFAULT_TIP, note=lambda _: note)
@@ -132,6 +112,43 @@ class KeptChats:
             None, entry, model=model_name, fingerprint=fingerprint, namespace=namespace
         )
         self._learn(known, path, written.conversation_id, written.ids)
+
+    def _goes_on(
+        self,
+        journal: Journal,
+        about: tuple[str, str],
+        known: OrderedDict[bytes, _Place],
+        place: _Place,
+        rest: Sequence[Node],
+    ) -> bool:
+        """
+        Write what follows a place that is known; False: its conversation has too many branches for that.
+
+        Raises:
+            UnknownConversationError, UnknownNodeError: It was deleted meanwhile.
+        """
+        conversation_id, node_id = place
+        journal.info(
+            conversation_id
+        )  # raises where it is not there, also if nothing is to be written
+        if not rest:
+            return True
+        tips = journal.tips(conversation_id)
+        # A checkpoint stays where it is; its name has a colon, which no branch of a client has.
+        tip = next((tip for tip, at in tips.items() if at == node_id and ":" not in tip), None)
+        if tip is None and len(tips) >= MOST_BRANCHES:
+            return False
+        entry = Entry(
+            nodes=[node.to_new() for node in rest],
+            parent_id=node_id,
+            tip=tip or DEFAULT_TIP,
+            seen=node_id,
+            leaves_others=True,
+            model=about,
+        )
+        written = journal.write(conversation_id, entry)
+        self._learn(known, rest, conversation_id, written.ids)
+        return True
 
     def _found(
         self, known: OrderedDict[bytes, _Place], path: Sequence[Node]

@@ -222,6 +222,11 @@ def not_found(what: str) -> ApiError:
     return ApiError(f"There is no {what}.", status=404, code="not_found")
 
 
+def name_taken(message: str, *, param: str = "name") -> ApiError:
+    """Return what a client is told that gives a name which something else has; *message* says what."""
+    return ApiError(message, status=409, code="name_taken", param=param)
+
+
 @contextmanager
 def naming(param: str) -> Iterator[None]:
     """Have what is refused in it name a parameter, where an id came from."""

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
+from fastapi import Query
 from pydantic import (
     Field,
     PrivateAttr,
@@ -439,6 +440,11 @@ def function_call(
         **({} if namespace is None else {"namespace": namespace}),
         "arguments": call["function"]["arguments"],
     }
+
+
+PAGE: Final = 20
+PageLimit = Annotated[int, Query(ge=1, le=100)]
+"""How many entries of a list a request wants, `PAGE` where it does not say."""
 
 
 def item_list(items: Sequence[dict[str, Any]], *, has_more: bool = False) -> dict[str, Any]:

@@ -54,9 +54,9 @@ from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import Message, ToolCall
 
 _ENDED: Final = "ended"
+"""Key in the note of a response: see `GeneratedReply.ended`."""
 _RAN_AWAY: Final = "ran_away"
-"""What earlier versions noted of a reply that repeated itself."""
-"""Key in the note of a response: whether it was ended because it repeated itself."""
+"""Key that earlier versions have there: whether it was ended because it repeated itself."""
 
 
 class _Response(EventWriter):

@@ -470,10 +470,15 @@ async def begin(
         preparing = on_thread(lambda: _prepared(prepare, turn.lease.model))
 
         def job(streams: Sequence[ReplyGeneration]) -> Job:
-            if (kept := keep) is None and services.settings.keeps_chats:
-                keeps = services.kept_chats.keep
-                kept = partial(keeps, lambda: services.journal, turn.lease.model, client.namespace)
-            return Job(services, client, turn, streams, keep=kept, per_prompt=per_prompt)
+            how = keep
+            if how is None and services.settings.keeps_chats:
+                how = partial(
+                    services.kept_chats.keep,
+                    lambda: services.journal,
+                    turn.lease.model,
+                    client.namespace,
+                )
+            return Job(services, client, turn, streams, keep=how, per_prompt=per_prompt)
 
         def abandon(_: object) -> None:
             if preparing.cancelled() or preparing.exception() is not None:

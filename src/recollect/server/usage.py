@@ -312,7 +312,7 @@ class Metrics:
         """Return how fast a model has read the prompts of a namespace; nobody learns of others' prompts."""
         return self._speeds[model, namespace]
 
-    def saved(self, namespace: str) -> "Saved":
+    def saved(self, namespace: str) -> Saved:
         """Return what a namespace did not have to compute since the server started."""
         return self._saved[namespace]
 

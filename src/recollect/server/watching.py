@@ -15,17 +15,18 @@ from recollect.conversation.costs import Costs, GoingOn
 from recollect.conversation.model import Model
 from recollect.conversation.tree import grown
 from recollect.errors import UnknownConversationError
-from recollect.journal.records import Page
 from recollect.kv.blocks import CachedBlock
-from recollect.server.conversation_routes import KeptPlace, model_of, standing_place
+from recollect.server.conversation_routes import StandingPlace
 from recollect.server.conversation_view import (
     ConversationView,
     branches,
     checkpoints,
+    conversations_after,
     head_of,
     split_branch,
 )
-from recollect.server.refusals import ApiError, naming
+from recollect.server.refusals import ApiError
+from recollect.server.response_object import PAGE, PageLimit
 from recollect.server.services import client_of, services_of
 from recollect.server.streaming import WatchStream, of_conversation
 
@@ -77,15 +78,13 @@ def _after(request: Request, given: str | None) -> int | None:
     return int(last)
 
 
-_PAGE: Final = 20
-_Limit = Annotated[int, Query(ge=1, le=100)]
 _NEXT: Final = 10
-"""Blocks that are told to be evicted next."""
+"""How many of the blocks that would be evicted next are told."""
 
 
 @router.get("/v1/kv")
 async def get_kv(
-    request: Request, limit: _Limit = _PAGE, after: str | None = None
+    request: Request, limit: PageLimit = PAGE, after: str | None = None
 ) -> dict[str, Any]:
     """
     Return where the KV of the client's conversations is, branch by branch, and what it has saved.
@@ -108,25 +107,22 @@ def _kv(
 ) -> dict[str, Any]:
     services, namespace = services_of(request), client_of(request).namespace
     journal = services.journal
-    with naming("after"):
-        last = None if after is None else head_of(request, after).label.conversation_id
-    page = journal.conversations(namespace, page=Page(limit=limit + 1, after=last))
+    page = conversations_after(request, after, limit + 1)
     holders: dict[CachedBlock, dict[str, str]] = {}
     data = []
     for info in page[:limit]:
         try:
-            place = standing_place(request, ConversationView.load(journal, info.label, namespace))
+            place = StandingPlace.of(request, ConversationView.load(journal, info.label, namespace))
         except (ApiError, UnknownConversationError):  # deleted since
             continue
-        name = model_of(services, place.view, place.head)
-        tips = place.view.stored.tips
+        name = place.model_name()
         data.append(
             {
                 "id": info.label,
                 "name": info.name,
                 "model": name if name in models else None,
                 "branches": _held(place, models[name], holders) if name in models else {},
-                "checkpoints": list(checkpoints(tips)),
+                "checkpoints": list(checkpoints(place.view.stored.tips)),
             }
         )
     saved = services.metrics.saved(namespace)
@@ -150,7 +146,7 @@ def _kv(
 
 
 def _held(
-    place: KeptPlace, model: Model, holders: dict[CachedBlock, dict[str, str]]
+    place: StandingPlace, model: Model, holders: dict[CachedBlock, dict[str, str]]
 ) -> dict[str, dict[str, Any]]:
     """Return what each branch has, and note whose the blocks are."""
     view = place.view

@@ -33,6 +33,7 @@ from recollect.text.call_parts import (
     Reader,
     TextDelta,
     as_call,
+    before_mark,
     braced_arguments,
     escaped,
     held,
@@ -124,18 +125,16 @@ class ToolCallParser(PiecewiseReader):
         marks = [one for one in (self._mark, "\n" if self._is_anywhere() else "") if one]
         marks += CHANNEL_MARKS if self._format.kind == "channels" else ()
         while True:
-            places = [(self._rest.find(one), one) for one in marks]
-            place, mark = min((one for one in places if one[0] >= 0), default=(-1, ""))
-            if place >= 0:
-                yield from self._say(self._take(place))
+            length, mark = before_mark(self._rest, marks)
+            yield from self._say(self._take(length))
+            if mark:
                 self._take(len(mark))
                 if mark == "\n":
                     self._space.append(mark)
                 elif mark not in SILENT:
                     self._trail = [mark]
                 return True
-            kept = max((held(self._rest, one) for one in marks), default=0)
-            yield from self._say(self._take(len(self._rest) - kept))
+            kept = len(self._rest)
             if not (yield from self._more()):
                 is_mark = self._is_cut and kept >= CLEARLY_A_MARK
                 if is_mark:

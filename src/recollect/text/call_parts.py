@@ -177,6 +177,18 @@ def held(text: str, mark: str) -> int:
     return 0
 
 
+def before_mark(text: str, marks: Sequence[str]) -> tuple[int, str]:
+    """
+    Return how much of a text comes before the first of some marks, and which mark that is.
+
+    It is empty where none is there; what may be the beginning of one does not count then.
+    """
+    places = [(text.find(one), one) for one in marks]
+    if found := [one for one in places if one[0] >= 0]:
+        return min(found)
+    return len(text) - max((held(text, one) for one in marks), default=0), ""
+
+
 def escaped(text: str) -> str:
     """Return a text as it stands in a JSON text, without the quotation marks around it."""
     return json.dumps(text, ensure_ascii=False)[1:-1]

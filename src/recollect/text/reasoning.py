@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, Self
 
-from recollect.text.call_parts import held
+from recollect.text.call_parts import before_mark, held
 from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.tokenizer import ControlTokens, Detokenizer, Tokenizer, decode_with_marks
 from recollect.text.tool_calls import (
@@ -129,11 +129,9 @@ class ReasoningSplitter:
     def _in_said(self) -> Iterator[str]:
         marks = [self._marks.again] if self._marks.may_come_again else []
         marks += [self._marks.close] if self.ended_by_call else []
-        places = [(self._rest.find(one), one) for one in marks]
-        place, mark = min((one for one in places if one[0] >= 0), default=(-1, ""))
-        kept = max((held(self._rest, one) for one in marks), default=0)
-        said = self._rest[: place if mark else len(self._rest) - kept]
-        self._rest = self._rest[len(said) + len(mark) :]
+        length, mark = before_mark(self._rest, marks)
+        said = self._rest[:length]
+        self._rest = self._rest[length + len(mark) :]
         if said:
             yield said
         if mark == self._marks.again and mark:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
+from recollect.engine.sampling import Generator
 from recollect.errors import ContextFullError, ConversationError, SessionBusyError
 from recollect.types import SamplingParams
 
@@ -148,4 +150,35 @@ def test_errors_are_those_of_a_thread(chat: Session, model: Model) -> None:
         await chat.respond_async("three")
 
     asyncio.run(ask())
+    check(model)
+
+
+def test_ending_a_reply_twice_waits_for_its_end(
+    chat: Session, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that is cancelled again while a thread ends its reply: the session is free afterwards."""
+    is_ending, go_on, close = threading.Event(), threading.Event(), Generator.close
+
+    def held(self: Generator) -> None:
+        is_ending.set()
+        assert go_on.wait(60)
+        close(self)
+
+    async def twice() -> None:
+        reply = chat.stream_async("Hello", params=LONG)
+        await anext(reply)
+        monkeypatch.setattr(Generator, "close", held)
+        first = asyncio.ensure_future(reply.aclose())
+        await asyncio.to_thread(is_ending.wait, 60)
+        first.cancel()
+        again = asyncio.ensure_future(reply.aclose())
+        await asyncio.wait([again], timeout=0.2)
+        assert not again.done()
+        go_on.set()
+        await again
+        assert reply.reply is not None
+        assert reply.reply.finish_reason == "cancelled"
+
+    asyncio.run(twice())
+    assert chat.respond("And?").finish_reason == "length"
     check(model)

@@ -450,6 +450,38 @@ def test_leaving_the_loop_ends_the_rest(chat: Session, model: Model) -> None:
     assert [one for one in chat.conversation.tips if one != "main"] == ["explore-1"]
 
 
+def test_close_waits_for_a_reply_that_another_thread_ends(
+    kept: Session, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that is cancelled while a thread keeps what has ended: nothing may come to the tree later."""
+    is_ending, go_on, close = threading.Event(), threading.Event(), Generator.close
+
+    def held(self: Generator) -> None:
+        is_ending.set()
+        assert go_on.wait(60)
+        close(self)
+
+    monkeypatch.setattr(Generator, "close", held)
+    found, seen = kept.explore(["a"]), list[int]()
+
+    def end() -> None:
+        found.close()
+        seen.append(len(found.kept))
+
+    reader, closer = threading.Thread(target=lambda: list(found)), threading.Thread(target=end)
+    reader.start()
+    assert is_ending.wait(60)
+    closer.start()
+    closer.join(0.2)
+    assert seen == []
+    go_on.set()
+    closer.join(60)
+    reader.join(60)
+    assert seen == [1]
+    assert found.branches[0].node is not None
+    check(model)
+
+
 def test_stop_comes_from_another_thread(chat: Session, model: Model) -> None:
     found = chat.explore(["a", "b"], params=replace(HOT, max_tokens=1500))
     for seen, _ in enumerate(found.pieces()):

@@ -363,6 +363,32 @@ def test_lanes_take_what_is_counted_for_them(
     runtime.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp waits, and on Linux alone")
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    ids=["nothing", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"],
+)
+def test_libgomp_itself_says_how_long_threads_spin(own: dict[str, str], spins: str) -> None:
+    """And the environment, which processes that are started later have too, is as it was."""
+    code = (
+        "import os, recollect.runtime.llama_library as found\n"
+        "before = dict(os.environ)\n"
+        "found.library()\n"
+        "assert os.environ == before, os.environ\n"
+    )
+    env = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    done = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-c", code],
+        env={**env, **own, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr) == [spins]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp waits, and on Linux alone")
 def test_threads_that_wait_leave_the_cores_to_others(path: Path) -> None:

@@ -82,6 +82,19 @@ TOOL: Final = {
 CITIES: Final = ("Paris", "Köln", "75001")
 
 
+def told_of_weather(client: httpx.Client, **said: Any) -> dict[str, Any]:
+    """Return the message that answers a question, where the tool for the weather is offered."""
+    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
+    asked = {
+        "model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 300,
+        "tools": [{"type": "function", "function": tool}], **said,
+    }  # fmt: skip
+    answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    message: dict[str, Any] = answer.json()["choices"][0]["message"]
+    return message
+
+
 class Script:
     """Chooses tokens in the place of a model."""
 
@@ -310,13 +323,7 @@ def test_a_budget_ends_reasoning_where_tools_are_offered(
     thought = "Hm" * 4 if not opening.endswith("\n") else "Hm" * 3 + "H"
     endless = "x" * len(tokenizer.encode(ending.lstrip("\n")))
     client, _ = scripted(name, iter([f"{opening}{thought}{endless}{call}"]))
-    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
-    body = {"model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 200}
-    tools = [{"type": "function", "function": tool}]
-    asked = {**body, "tools": tools, "thinking_budget": most}
-    answer = client.post("/v1/chat/completions", json=asked)
-    assert answer.status_code == 200, answer.text
-    message = answer.json()["choices"][0]["message"]
+    message = told_of_weather(client, max_tokens=200, thinking_budget=most)
     assert message["reasoning_content"] == thought
     assert message["tool_calls"][0]["function"]["name"] == "weather"
 
@@ -329,14 +336,7 @@ def test_a_call_that_a_model_makes_while_it_thinks_is_called(
     """It closes its thoughts behind the call, or not at all; the grammar holds the call as elsewhere."""
     call = FORMATS[FAMILIES.get(name, "hermes")].text_of([("weather", '{"city": "Rome"}')])
     client, _ = scripted(name, iter([f"<think>\nLook.\n{call}"]))
-    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
-    asked = {
-        "model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 300,
-        "tools": [{"type": "function", "function": tool}], "tool_choice": choice,
-    }  # fmt: skip
-    answer = client.post("/v1/chat/completions", json=asked)
-    assert answer.status_code == 200, answer.text
-    message = answer.json()["choices"][0]["message"]
+    message = told_of_weather(client, tool_choice=choice)
     assert message["reasoning_content"] == "Look."
     (told,) = message["tool_calls"]
     assert json.loads(told["function"]["arguments"]) == {"city": "Rome"}
@@ -389,13 +389,6 @@ def test_a_model_of_harmony_calls_a_tool_on_the_smallest_budget(
     ending = "x" * len(tokenizer.encode("<|end|><|start|>assistant"))
     thought = f"<|channel|>analysis<|message|>H{ending}" if most else ""
     client, _ = scripted("openai-gpt-oss-120b", iter([f"{thought}{call}"]))
-    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
-    asked = {
-        "model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 300,
-        "tools": [{"type": "function", "function": tool}], "thinking_budget": most,
-    }  # fmt: skip
-    answer = client.post("/v1/chat/completions", json=asked)
-    assert answer.status_code == 200, answer.text
-    message = answer.json()["choices"][0]["message"]
+    message = told_of_weather(client, thinking_budget=most)
     assert (message.get("reasoning_content") or "") == "H" * most
     assert message["tool_calls"][0]["function"]["name"] == "weather"

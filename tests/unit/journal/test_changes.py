@@ -1,0 +1,84 @@
+"""What is read of the changes that triggers note: names of messages, and what reading them costs."""
+
+import random
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from recollect.journal.changes import changes_after, item_name, response_item
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import Label, NewNode
+from recollect.journal.rows import Sealing
+from recollect.journal.statements import Statements
+
+SAID = NewNode(role="user", content="one")
+
+
+def begin(journal: Journal) -> int:
+    return journal.create(model="smollm2", fingerprint="f00d").id
+
+
+def test_messages_have_their_numbers_whatever_they_follow(tmp_path: Path) -> None:
+    draw = random.Random(5)  # noqa: S311 - of a test
+    with Journal.open(tmp_path / JOURNAL_NAME) as journal:
+        chats = [begin(journal), begin(journal)]
+        labels = {chat: journal.info(chat).label for chat in chats}
+        kept: dict[int, list[int]] = {chat: [] for chat in chats}
+        expected = []
+        for _ in range(200):
+            chat = draw.choice(chats)
+            parent = draw.choice([None, *kept[chat]])
+            kept[chat] += journal.append(chat, parent, [SAID])
+            number = None if parent is None else kept[chat].index(parent) + 1
+            expected.append((labels[chat], number, len(kept[chat])))
+        told = [
+            (change.conversation, change.parent, change.item)
+            for change in journal.changes(0, [""]).changes
+            if change.kind == "message.created"
+        ]
+    assert told == [
+        (label, None if parent is None else item_name(label, parent), item_name(label, number))
+        for label, parent, number in expected
+    ]
+
+
+def test_a_search_and_a_change_call_a_message_alike(tmp_path: Path) -> None:
+    with Journal.open(tmp_path / JOURNAL_NAME) as journal:
+        chat = begin(journal)
+        (node_id,) = journal.append(chat, None, [SAID])
+        for name in ("resp_b", "resp_c", "resp_a"):
+            journal.set_label(Label(name=name, conversation_id=chat, node_id=node_id))
+        (hit,) = journal.search("one")
+        _, names = journal.names(chat, [node_id])
+        assert hit.node_label is not None
+        assert names == {node_id: response_item(hit.node_label)}
+
+
+def test_reading_changes_does_not_get_slower_with_the_conversation(tmp_path: Path) -> None:
+    """What is counted are steps of SQLite's machine, so that the load of this one does not matter."""
+    path = tmp_path / JOURNAL_NAME
+    with Journal.open(path) as journal:
+        chat = begin(journal)
+        steps = []
+        for older in (0, 5_000):
+            parent = journal.append(chat, None, [SAID] * older)[-1] if older else None
+            after = journal.last_change()
+            journal.append(chat, parent, [SAID] * 100)
+            steps.append(_steps(path, after))
+    assert steps[1] < 4 * steps[0]
+
+
+def _steps(path: Path, after: int) -> int:
+    """Return how many hundreds of steps it takes to read what has changed."""
+    taken = 0
+
+    def count() -> int:
+        nonlocal taken
+        taken += 1
+        return 0
+
+    with closing(sqlite3.connect(path)) as connection:
+        connection.set_progress_handler(count, 100)
+        read = changes_after(Statements(connection, Sealing(path, None)), after, [""])
+    assert len([change for change in read.changes if change.kind == "message.created"]) == 100
+    return taken
