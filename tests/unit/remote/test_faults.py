@@ -22,6 +22,8 @@ from recollect.errors import (
 from recollect.proof.bench import BenchConfig, check_room
 from recollect.proof.scenarios import run_rewind_test
 from recollect.remote import wire
+from recollect.remote.replicas import Replicas
+from recollect.remote.vllm import Vllm
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -54,6 +56,59 @@ def test_one_fault_does_not_show_in_the_reply(
     reply = model.session(namespace="two").respond("hello", params=SHORT)
     assert (reply.text, reply.finish_reason) == (expected.text, "length")
     assert model.engine.replicas.all[0].lost == (fault != "slow")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            {
+                "error": {
+                    "message": "No room.",
+                    "type": "BadRequestError",
+                    "param": None,
+                    "code": 400,
+                }
+            },
+            "No room",
+        ),
+        ({"object": "error", "message": "No room", "type": "BadRequestError"}, "No room"),
+        ({"detail": "Not Found"}, "Not Found"),
+        ({"error": "refused"}, "refused"),
+        ("no such path", "no such path"),
+    ],
+)
+def test_of_a_refusal_the_words_are_told_and_what_to_do(
+    body: Any, words: str, kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    """As vLLM writes it now, as it did, as its web framework and llama-server do, and none of these."""
+    stub, url = make_stub(kind)
+    model = load(f"{kind}={url}")
+    stub.refusal = body
+    stub.faults.append("bad request")
+    with pytest.raises(EngineUnavailableError) as told:
+        model.session().respond("hello", params=SHORT)
+    assert str(told.value) == (
+        f"The engine refused the request with 400: {words}. Restart recollect if the engine has another "
+        "model or a shorter context now."
+    )
+
+
+def test_an_engine_that_is_not_ready_is_waited_for(
+    kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    """A llama-server answers 503 while it loads its model."""
+    _, url = make_stub(kind, is_loading=True)
+    with pytest.raises(EngineUnavailableError, match="wait until it has loaded its model"):
+        load(f"{kind}={url}")
+
+
+def test_requests_that_nobody_reads_are_ended_by_the_next_one(make_stub: MakeStub) -> None:
+    replicas = Replicas([Vllm(make_stub()[1], secret=bytes(32))])
+    for _ in range(3):
+        replica = replicas.begin("one")
+        replicas.drop(replica)
+    assert replica.running == 1, "the last is ended by the request after it"
 
 
 @pytest.mark.parametrize("fault", ["refuse", "cut", "silent"])
