@@ -290,6 +290,8 @@ class Stub:
         said_ids = [*_TOKENIZER.encode(self.says.popleft()), _END] if self.says else []
         for number in range(1, body["n_predict"] + 1):
             token = said_ids.pop(0) if said_ids else next_token(ids, bias, seed)
+            if token == _END and body["ignore_eos"]:
+                token = 97  # it is banned, as llama-server has it
             if token == _END:
                 how = "eos"
                 break

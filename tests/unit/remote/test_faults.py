@@ -19,7 +19,6 @@ from recollect.errors import (
     InvalidParameterError,
     StoreError,
 )
-from recollect.proof.bench import BenchConfig, check_room
 from recollect.proof.scenarios import run_rewind_test
 from recollect.remote import wire
 from recollect.remote.replicas import Replicas
@@ -414,12 +413,6 @@ def test_a_rewound_conversation_is_proven_elsewhere_too(
     assert result.rewind_differs_at is None
     assert result.fresh_differs_at is None
     assert result.again_computed_tokens > 0
-
-
-def test_what_cannot_be_measured_elsewhere_is_refused(make_stub: MakeStub, load: Load) -> None:
-    config = BenchConfig(input_tokens=64, output_tokens=8, iterations=2, growth_turns=1)
-    with pytest.raises(ConfigError, match="--engine"):
-        check_room(load(f"vllm={make_stub()[1]}"), config)
 
 
 def test_end_tokens_that_are_ignored_end_nothing(make_stub: MakeStub, load: Load) -> None:
