@@ -371,14 +371,9 @@ export async function ask(text) {
 async function askHere(text) {
   if (state.current.value === null) await begin();
   const parent = state.selected.value;
-  let name = state.goingBranch.value;
-  if (name === null && parent === null) name = "main";
   const isFirst = state.path.value.every((node) => node.role === "system");
-  let id = name === null ? "" : idOf(name);
-  if (name === null) {
-    ({ name, id } = await branchOff({ at: parent }, text));
-    state.branch.value = name;
-  }
+  const isEmpty = state.goingBranch.value === null && parent === null;
+  const { name, id } = isEmpty ? { name: "main", id: here() } : await standing(text);
   if (isFirst && !titleIsSet()) void attempt(() => rename(titleFor(text)));
   await goOn(id, name, parent, text, { question: text });
 }
@@ -439,12 +434,7 @@ export async function regenerate(reply) {
  * @param {TreeNode} reply
  */
 export async function carryOn(reply) {
-  let name = state.goingBranch.value;
-  let id = name === null ? "" : idOf(name);
-  if (name === null) {
-    ({ name, id } = await branchOff({ at: reply.id }, "longer"));
-    state.branch.value = name;
-  }
+  const { name, id } = await standing("longer");
   await goOn(id, name, reply.id, [], { continues: true });
 }
 
@@ -483,7 +473,7 @@ export async function rewind() {
  * @param {string} name
  */
 export async function checkpoint(name) {
-  const kept = await call("POST", `${at(await standing())}/checkpoint`, { name });
+  const kept = await call("POST", `${at((await standing(wordsHere())).id)}/checkpoint`, { name });
   const { kv } = kept;
   const told = kv.kept ? `${kv.tokens} tokens stay on disk.` : `Its cache is not kept: ${kv.reason}.`;
   state.tell(`Checkpoint ${name}. ${told}`, "info");
@@ -496,13 +486,20 @@ export async function deleteCheckpoint(name) {
   await readTreeAgain();
 }
 
-/** @returns {Promise<string>} The id of a branch that stands at what is shown; one begins where none does. */
-async function standing() {
+const wordsHere = () => state.path.value.at(-1)?.text ?? "branch";
+
+/**
+ * Return the branch that goes on from what is shown; one begins where none does.
+ *
+ * @param {string} text Names the branch that begins.
+ * @returns {Promise<{name: string, id: string}>}
+ */
+async function standing(text) {
   const name = state.goingBranch.value;
-  if (name !== null) return idOf(name);
-  const fresh = await branchOff({ at: state.selected.value }, state.path.value.at(-1)?.text ?? "branch");
-  state.branch.value = fresh.name;
-  return fresh.id;
+  if (name !== null) return { name, id: idOf(name) };
+  const begun = await branchOff({ at: state.selected.value }, text);
+  state.branch.value = begun.name;
+  return begun;
 }
 
 /**
@@ -511,8 +508,7 @@ async function standing() {
  * @param {TreeNode} node
  */
 export async function deleteItem(node) {
-  const id = await standing();
-  const name = id.split(".")[1] ?? "main";
+  const { name, id } = await standing(wordsHere());
   await call("DELETE", `${at(id)}/items/${encodeURIComponent(node.items[0] ?? node.id)}`);
   await readTreeAgain();
   select(state.tree.value.tips[name] ?? null);
