@@ -273,6 +273,55 @@ def test_older_conversations_stay_in_the_list(quick: Any, windows: Callable[...,
     until(page, f"document.querySelectorAll('.entry').length === {before}")
 
 
+def test_a_tree_is_read_once_at_a_time_however_much_happens(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    """An answer that comes late would cover what a later one has brought."""
+    made = counting(quick.url)
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".live.on").wait_for()
+    page.locator(".message.assistant").wait_for()
+    page.wait_for_timeout(500)
+    waiting: list[Any] = []
+    page.route(re.compile("/tree"), lambda route: waiting.append(route))  # noqa: PLW0108 - as above
+    for number in range(4):
+        api(quick.url, f"/v1/conversations/{made}/fork", {"name": f"idea-{number}"})
+        page.wait_for_timeout(400)
+    assert len(waiting) == 1
+    waiting[0].continue_()
+    while len(waiting) < 2:
+        page.wait_for_timeout(50)
+    page.wait_for_timeout(400)
+    assert len(waiting) == 2
+    waiting[1].continue_()
+    page.locator(".where .tag", has_text="idea-3").wait_for()
+    page.wait_for_timeout(400)
+    assert len(waiting) == 2
+
+
+def test_a_place_that_one_goes_to_while_a_tree_is_read_stays(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    made = counting(quick.url)
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".live.on").wait_for()
+    page.locator(".message.assistant").wait_for()
+    page.wait_for_timeout(500)
+    waiting: list[Any] = []
+    page.route(re.compile("/tree"), lambda route: waiting.append(route))  # noqa: PLW0108 - as above
+    body = {"conversation": made, "input": "Said elsewhere", "max_output_tokens": 4}
+    api(quick.url, "/v1/responses", body)
+    while not waiting:
+        page.wait_for_timeout(50)
+    page.locator(".card").first.click()
+    while page.locator(".card.user", has_text="Said elsewhere").count() == 0:
+        while waiting:
+            waiting.pop().continue_()
+        page.wait_for_timeout(50)
+    page.wait_for_timeout(400)
+    assert page.locator(".message").count() == 1
+
+
 def test_what_is_found_too_late_does_not_cover_the_list(
     quick: Any, windows: Callable[..., Any]
 ) -> None:
