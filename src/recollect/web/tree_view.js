@@ -225,6 +225,11 @@ export function TreeView() {
     lookAt({ x: (box.left + box.right) / 2, y: (box.top + box.bottom) / 2 + 8 }, scale, time);
   }
 
+  function showAll() {
+    isMoved.current = false;
+    fit();
+  }
+
   // Until a person moves it, the view follows: the whole tree where it can be read so, and else what is chosen.
   const opened = useRef("");
   useEffect(() => {
@@ -240,8 +245,8 @@ export function TreeView() {
     else lookAt(inside({ x: place.x, y: place.y + CARD.height / 2 }, box, 0.85), 0.85, isNew ? 0 : 300);
   }, [tree.id, room, places, chosen === null]);
 
-  // What is chosen comes into sight.
-  useEffect(() => {
+  /** Have what is chosen come into sight. */
+  function reveal() {
     const place = places.get(chosen ?? "");
     if (!place || room.width === 0 || opened.current !== tree.id) return;
     const now = sight.current;
@@ -250,7 +255,8 @@ export function TreeView() {
     const isSeen = x - half > 0 && x + half < room.width && y > 0 && y + CARD.height * now.k + 20 < room.height;
     const scale = Math.max(now.k, 0.6);
     if (!isSeen) lookAt(inside({ x: place.x, y: place.y + CARD.height / 2 }, extent(places.values()), scale), scale);
-  }, [chosen]);
+  }
+  useEffect(reveal, [chosen]);
 
   const box = {
     left: -at.x / at.k,
@@ -287,11 +293,12 @@ export function TreeView() {
       document.getElementById("question")?.focus();
     } else if (event.key === "+" || event.key === "=") zoomBy(1.3);
     else if (event.key === "-") zoomBy(1 / 1.3);
-    else if (event.key === "0") fit();
+    else if (event.key === "0") showAll();
     else {
       const target = keyTarget(event);
       if (target === null) return;
-      select(target);
+      if (target === chosen) reveal();
+      else select(target);
     }
     event.preventDefault();
   }
@@ -335,10 +342,7 @@ export function TreeView() {
     <div class="tree-tools">
       <${IconButton} icon="plus" label="Zoom in" onClick=${() => zoomBy(1.3)} />
       <button type="button" class="icon-button" aria-label="Zoom out" title="Zoom out" onClick=${() => zoomBy(1 / 1.3)}>−</button>
-      <${IconButton} icon="fit" label="Show all" onClick=${() => {
-        isMoved.current = false;
-        fit();
-      }} />
+      <${IconButton} icon="fit" label="Show all" onClick=${showAll} />
     </div>
     <p class="legend">
       ${Object.entries(WARMTHS).map(([kind, name]) => html`<span key=${kind}><i class=${`dot ${kind}`}></i>${name}</span>`)}
