@@ -64,7 +64,7 @@ def modules() -> Path:
     return folder / "node_modules"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, no other test can run an event loop
 def browser() -> Iterator[Any]:
     """Return a Chromium without a window."""
     program = os.environ.get("CHROMIUM") or shutil.which("chromium")

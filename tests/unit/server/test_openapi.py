@@ -98,6 +98,14 @@ def shorten(path: str, body: Any) -> None:
         body.pop("max_completion_tokens", None)
 
 
+def begun(client: httpx.Client, request: dict[str, Any]) -> int:
+    """Return the status that a stream begins with, and leave."""
+    names = ("method", "url", "params", "headers")
+    with client.stream(**{name: request[name] for name in names}, timeout=10) as response:
+        assert response.status_code < 500
+        return response.status_code
+
+
 @pytest.mark.slow
 def test_no_request_makes_it_fail(client: httpx.Client) -> None:
     """Requests made from the document, nothing longer than 10 s."""
@@ -109,6 +117,9 @@ def test_no_request_makes_it_fail(client: httpx.Client) -> None:
     statuses: Counter[int] = Counter()
 
     def try_out(case: Any) -> None:
+        if case.operation.path == "/v1/events":  # goes on until its client leaves
+            statuses[begun(client, case.as_transport_kwargs(base_url=str(client.base_url)))] += 1
+            return
         shorten(case.operation.path, case.body)
         response = case.call(timeout=10)
         statuses[response.status_code] += 1
