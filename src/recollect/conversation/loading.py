@@ -186,9 +186,12 @@ def _with_engine(
     offline: bool | None,
 ) -> Model:
     """Return a model that an engine elsewhere computes."""
-    from recollect.remote.probe import connect, parsed  # noqa: PLC0415 - loads HTTP, which few need
+    from recollect.remote.probe import (  # noqa: PLC0415 - loads HTTP, which few need
+        connect,
+        require_there,
+    )
 
-    parsed(said)  # before anything is fetched
+    require_there(said)  # before anything is fetched
     local = prepare_tokenizer(
         name,
         home=home,

@@ -263,6 +263,7 @@ class LlamaServer:
         biases = dict(params.logit_bias)
         if order.allowed is not None:  # llama-server has no other way to say so
             biases |= {token: biases.get(token, 0.0) + _ALLOWED_BIAS for token in order.allowed}
+        biases |= dict.fromkeys(order.banned, -float("inf"))
         if biases:
             body["logit_bias"] = [
                 [token, False if bias == -float("inf") else bias] for token, bias in biases.items()

@@ -17,7 +17,7 @@ from recollect.models.catalog import LocalModel
 from recollect.remote.llama_server import LlamaServer
 from recollect.remote.remote_engine import RemoteEngine
 from recollect.remote.vllm import Vllm
-from recollect.remote.wire import Api, EngineFacts, checked_url, post_json
+from recollect.remote.wire import Api, EngineFacts, checked_url, get_json, post_json
 from recollect.text.tokenizer import Tokenizer
 
 KINDS: Final = ("vllm", "llama")
@@ -56,6 +56,18 @@ def parsed(said: str) -> tuple[str, list[str]]:
             "vLLM behind vllm-router."
         )
     return kind, urls
+
+
+def require_there(said: str) -> None:
+    """
+    Check that the engines which `--engine` names answer at all, before anything is loaded for them.
+
+    Raises:
+        ConfigError: As `parsed`; or one asks for a key, or sends on to another address.
+        EngineUnavailableError: One does not answer, or is not ready.
+    """
+    for url in parsed(said)[1]:
+        get_json(url.rstrip("/").removesuffix("/v1"), "/health")
 
 
 def connect(said: str, model: LocalModel, tokenizer: Tokenizer, home: Path) -> RemoteEngine:

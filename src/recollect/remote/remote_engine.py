@@ -349,6 +349,9 @@ class _Stream:
         self._task = task
         self._begun = len(self._ids)
         self._grammar, self._allowed = _grammar_of(ask), allowed
+        # As here: no reply ends while the model thinks before a grammar begins.
+        thinks = ask.grammar is not None and self._grammar is None
+        self._banned = tuple(sorted(engine.eos_token_ids)) if thinks else ()
         self._known, self._had = engine.memory.ledger.known(self._namespace, self._ids)
         self._failed: list[Replica] = []
         self._moves = 0
@@ -420,6 +423,7 @@ class _Stream:
             session=self._session,
             grammar=self._grammar,
             allowed=self._allowed,
+            banned=self._banned,
             is_idle=self._task is not None and self._task.idle,
         )
         # Until it is told, all counts as computed: reuse is never claimed without evidence.

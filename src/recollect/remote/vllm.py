@@ -177,10 +177,11 @@ class Vllm:
             body["model"] = self._model
         if params.stop:
             body |= {"stop": list(params.stop), "include_stop_str_in_output": True}
-        if params.logit_bias:
+        if params.logit_bias or order.banned:
+            biases = {**params.logit_bias, **dict.fromkeys(order.banned, -_STRONGEST_BIAS)}
             body["logit_bias"] = {
                 str(token): min(max(bias, -_STRONGEST_BIAS), _STRONGEST_BIAS)
-                for token, bias in params.logit_bias.items()
+                for token, bias in biases.items()
             }
         if params.logprobs is not None:
             body["logprobs"] = params.logprobs

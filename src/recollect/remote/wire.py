@@ -70,6 +70,8 @@ class Order:
     """What is generated has to match it, from the first token on."""
     allowed: tuple[int, ...] | None = None
     """What is generated is among these; None: any token may be."""
+    banned: tuple[int, ...] = ()
+    """What is generated is none of these, whatever its bias."""
     is_idle: bool = False
     """Whether it may wait until the engine has nothing else to do."""
 

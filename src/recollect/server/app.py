@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException as AnyHttpException
 
 from recollect import __version__
 from recollect.conversation.feed import Feed
-from recollect.errors import RecollectError
+from recollect.errors import EngineUnavailableError, RecollectError
 from recollect.journal.requests import RequestLog
 from recollect.server import (
     anthropic,
@@ -63,6 +63,7 @@ from recollect.server.streaming import Watchers
 from recollect.server.usage import CONTENT_TYPE, Metrics
 
 router = APIRouter(tags=["Server"])
+_log: Final = logging.getLogger(__name__)
 
 
 @router.get("/v1/models")
@@ -91,7 +92,8 @@ def health(request: Request) -> JSONResponse:
     state = "ok" if hub.is_ready else "loading" if hub.failure is None else "failed"
     replicas = [one for model in hub.loaded().values() for one in model.replicas()]
     up = sum(one.is_up for one in replicas)
-    if replicas and not up:
+    waits = not hub.is_ready and isinstance(hub.failure, EngineUnavailableError)
+    if waits or (replicas and not up):
         state = "no engine"
     engines = {"engines": {"up": up, "all": len(replicas)}} if replicas else {}
     told = {"status": state, "version": __version__, **engines}
@@ -378,15 +380,32 @@ def _routed_nowhere(request: Request, error: AnyHttpException) -> ApiError:
 
 
 async def _load_default(hub: ModelHub, on_failure: Callable[[Exception], None]) -> None:
-    """Load the default model while the first requests are taken already."""
-    try:
-        (await hub.acquire(None)).release()
-    except ApiError:
-        pass  # it is given up, because the server stops
-    except RecollectError as error:
-        hub.failure = error
-        on_failure(error)
+    """
+    Load the default model while the first requests are taken already.
 
+    An engine elsewhere that does not answer is asked again: it may begin later than the server, which answers
+    with 503 until then.
+    """
+    while True:
+        try:
+            (await hub.acquire(None)).release()
+            hub.failure = None
+        except ApiError:
+            pass  # it is given up, because the server stops
+        except EngineUnavailableError as error:
+            if hub.failure is None:
+                _log.warning("%s Until then requests are answered with 503.", error)
+            hub.failure = error
+            await asyncio.sleep(_ASK_AGAIN_S)
+            continue
+        except RecollectError as error:
+            hub.failure = error
+            on_failure(error)
+        return
+
+
+_ASK_AGAIN_S: Final = 5.0
+"""Until an engine elsewhere that was not there is asked again."""
 
 _KEEP_ALIVE_S: Final = 75
 """Longer than the usual pool of a client keeps a connection, so that the client closes it first."""

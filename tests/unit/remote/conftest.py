@@ -42,6 +42,8 @@ _TOKENIZER: Final = ByteTokenizer()
 _END: Final = min(_TOKENIZER.eos_token_ids)
 
 
+_BANNED: Final = -100.0
+"""A bias that vLLM leaves nothing of a token with."""
 _HALF: Final = 0xC3
 """The first byte of a character of two: by itself it is shown as U+FFFD, which is written otherwise."""
 
@@ -50,13 +52,15 @@ def next_token(
     ids: list[int], bias: Mapping[int, float], seed: int | None, *, halves: bool = False
 ) -> int:
     """Return what follows: a letter, or the end; *halves*: now and then a half of a character."""
-    if bias:
-        return max(bias, key=lambda token: bias[token])
+    wanted = {token: value for token, value in bias.items() if value > 0}
+    if wanted:
+        return max(wanted, key=lambda token: wanted[token])
     said = f"{ids}{seed}".encode()
     number = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
     if halves and number % 16 == 1:
         return _HALF
-    return _END if number % ENDS_EVERY == 0 else 97 + number % 26
+    ends = number % ENDS_EVERY == 0 and _END not in bias
+    return _END if ends else 97 + number % 26
 
 
 def rendered(messages: list[Mapping[str, str]]) -> str:
@@ -250,6 +254,8 @@ class Stub:
         for number in range(1, body["max_tokens"] + 1):
             made = next_token(ids, bias, seed, halves=self.says_halves)
             token = said_ids.pop(0) if said_ids else made
+            if bias.get(token, 0.0) <= _BANNED:
+                token = made
             ids.append(token)
             ends = token == _END and not body["ignore_eos"]
             said = _TOKENIZER.decode(ids[len(prompt) :])
@@ -289,7 +295,10 @@ class Stub:
         how = "limit"
         said_ids = [*_TOKENIZER.encode(self.says.popleft()), _END] if self.says else []
         for number in range(1, body["n_predict"] + 1):
-            token = said_ids.pop(0) if said_ids else next_token(ids, bias, seed)
+            made = next_token(ids, bias, seed)
+            token = said_ids.pop(0) if said_ids else made
+            if bias.get(token) is False:
+                token = made
             if token == _END and body["ignore_eos"]:
                 token = 97  # it is banned, as llama-server has it
             if token == _END:

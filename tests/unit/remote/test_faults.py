@@ -37,8 +37,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "FIRST_S", 0.5)
-    monkeypatch.setattr(wire, "NEXT_S", 0.5)
+    monkeypatch.setattr(wire, "FIRST_S", 1.5)
+    monkeypatch.setattr(wire, "NEXT_S", 1.5)
 
 
 @pytest.mark.parametrize(

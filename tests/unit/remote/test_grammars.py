@@ -31,8 +31,9 @@ def said(stub: Any, model: Model, *, grammar: Grammar = BOOLEAN) -> str:
     generator.append_tokens(model.tokenizer.encode("is it so?"))
     stub.asked.clear()
     ids = []
-    while (token := generator.generate_next_token()) is not None:
-        ids.append(token)
+    while not generator.is_done():
+        if (token := generator.generate_next_token()) is not None:
+            ids.append(token)
     return model.tokenizer.decode(ids)
 
 
@@ -54,6 +55,35 @@ def test_a_model_may_think_before_it_keeps_to_a_grammar(
         assert sorted(first["allowed_token_ids"]) == sorted(map(ord, "tf~"))
     else:
         assert sorted(token for token, bias in first["logit_bias"]) == sorted(map(ord, "tf~"))
+
+
+def test_no_reply_ends_while_it_thinks_before_a_grammar(
+    kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    """A model that ends its turn in the middle of its thoughts would give no JSON at all."""
+    stub, url = make_stub(kind)
+    model = load(f"{kind}={url}")
+    stub.says += ["~", "ab", "true"]  # each ends
+    text = said(stub, model)
+    assert text.startswith("~ab")
+    assert len(text) == 20, "its thoughts go on to the end of their room"
+    assert bound(stub) == [False, False]
+
+
+@pytest.mark.parametrize("engine", ["here", "vllm", "llama"])
+def test_end_tokens_are_banned_wherever_the_thoughts_are_computed(
+    engine: str, make_stub: MakeStub, load: Load
+) -> None:
+    model = load(None if engine == "here" else f"{engine}={make_stub(engine)[1]}")
+    end = min(model.engine.eos_token_ids)
+    watch = ReasoningWatch(model.tokenizer, Begun(MARKS, is_inside=True), leads=True)
+    params = SamplingParams(max_tokens=20, grammar=BOOLEAN, logit_bias={end: 100.0})
+    generator = Generator(model.engine, params, grammars=model.grammars, reasoning=watch)
+    generator.append_tokens(model.tokenizer.encode("is it so?"))
+    reply = [generator.generate_next_token() for _ in range(20)]
+    assert None not in reply
+    assert end not in reply
+    assert generator.finish_reason == "length"
 
 
 def test_a_model_that_does_not_think_is_held_from_its_first_token_on(

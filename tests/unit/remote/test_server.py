@@ -1,9 +1,15 @@
 """A server whose model an engine elsewhere computes: what clients and operators are told."""
 
+import os
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -88,3 +94,75 @@ def test_public_prefixes_are_refused(stub_and_client: tuple[Any, TestClient]) ->
     _, client = stub_and_client
     body = {"messages": [{"role": "system", "content": "Be careful."}], "public": True}
     assert client.post("/v1/prewarm", json=body).status_code >= 400
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., tuple["subprocess.Popen[str]", str]]]:
+    """Return a function that starts `recollect serve` on an engine, and returns it and its address."""
+    started: list[subprocess.Popen[str]] = []
+
+    def serve(engine: str) -> tuple[subprocess.Popen[str], str]:
+        said = ["serve", "-m", "reference", "--engine", engine, "--port", "0"]
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and package
+            [sys.executable, "-m", "recollect", *said],
+            env={**os.environ, "RECOLLECT_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(r"http://127\.0\.0\.1:\d+(?=/v1)", line):
+                return process, found[0]
+        raise AssertionError(f"it ended with {process.wait()}")
+
+    yield serve
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def _until(client: httpx.Client, status: int) -> httpx.Response:
+    end = time.monotonic() + 60
+    while (answer := client.get("/health")).status_code != status or "loading" in answer.text:
+        assert time.monotonic() < end, answer.text
+        time.sleep(0.1)
+    return answer
+
+
+def test_a_server_that_begins_before_its_engine_waits_for_it(
+    make_stub: Callable[..., tuple[Any, str]],
+    start: Callable[..., tuple["subprocess.Popen[str]", str]],
+) -> None:
+    stub, engine = make_stub("llama", is_loading=True)
+    stub.stop()
+    process, url = start(f"llama={engine}")
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        assert _until(client, 503).json()["status"] == "no engine"
+        answer = client.post("/v1/chat/completions", json=ASKED)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert answer.json()["error"]["code"] == "engine_unavailable"
+        assert client.get("/v1/conversations").status_code == 200, "what was said can be read"
+        stub.start(int(engine.rpartition(":")[2]))
+        time.sleep(1)
+        answer = client.post("/v1/chat/completions", json=ASKED)
+        assert answer.status_code == 503, "it loads its model"
+        stub.is_loading = False
+        _until(client, 200)  # without a request, for whoever asks first how it is
+        assert client.post("/v1/chat/completions", json=ASKED).status_code == 200
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert told.count(f"No engine answers at {engine}") >= 1
+    assert "start it, or see whether the address is right" in told
+    assert "Traceback" not in told
+
+
+def test_a_server_whose_engine_cannot_be_used_ends_with_what_to_change(
+    make_stub: Callable[..., tuple[Any, str]],
+    start: Callable[..., tuple["subprocess.Popen[str]", str]],
+) -> None:
+    _, engine = make_stub(tells_cached=False)
+    process, _ = start(f"vllm={engine}")
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--enable-prompt-tokens-details" in told
