@@ -3,7 +3,7 @@
 import json
 import re
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -635,24 +635,23 @@ def test_nothing_keeps_people_from_using_it(
         assert serious == [], view
 
 
-def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
-    quick: Any, windows: Callable[..., Any]
-) -> None:
+def large(url: str, parents: Sequence[int | None], *, tip: int) -> str:
+    """Return a conversation of many messages, each after the one that `parents` names; they count from 1."""
+    moment = "2026-01-01T00:00:00+00:00"
     nodes = [
         {
             "id": number,
-            "parent": None if number == 1 else number - 1 if number % 10 else max(1, number // 3),
+            "parent": parent,
             "role": "user",
             "content": f"Message {number}",
             "token_ids": None,
             "finish_reason": None,
             "usage": None,
-            "created_at": "2026-01-01T00:00:00+00:00",
+            "created_at": moment,
             "fingerprint": None,
         }
-        for number in range(1, 2001)
+        for number, parent in enumerate(parents, 1)
     ]
-    moment = "2026-01-01T00:00:00+00:00"
     file = {
         "format": "recollect-conversation",
         "version": 1,
@@ -661,12 +660,15 @@ def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
         "created_at": moment,
         "updated_at": moment,
         "fingerprint": "",
-        "tips": {"main": 1},
+        "tips": {"main": tip},
         "nodes": nodes,
     }
-    made = api(quick.url, "/v1/conversations/import", {"file": file})["id"]
-    page = windows(f"{quick.url}#{made}")
-    page.locator(".card").first.wait_for()
+    made: str = api(url, "/v1/conversations/import", {"file": file})["id"]
+    return made
+
+
+def drawn_by_keys(page: Any) -> list[int]:
+    """Return how many elements the tree has after each of the keys that move it."""
     frame = page.get_by_role("tree")
     counts = []
     for key in ["", "ArrowDown", "ArrowRight", "End", "Home", "-", "-", "-", "-", "0", "+"]:
@@ -674,13 +676,60 @@ def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
             frame.press(key)
         page.wait_for_timeout(200)
         counts.append(page.locator(".tree-frame *").count())
-    assert max(counts) <= MOST_ELEMENTS
+    return counts
+
+
+def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    parents = [
+        None if number == 1 else number - 1 if number % 10 else max(1, number // 3)
+        for number in range(1, 2001)
+    ]
+    made = large(quick.url, parents, tip=1)
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".card").first.wait_for()
+    frame = page.get_by_role("tree")
+    assert max(drawn_by_keys(page)) <= MOST_ELEMENTS
     assert "2,000 messages" in page.locator(".head-title").inner_text()
     # What is folded is not drawn, and a dot leads to its message.
     frame.press("0")
     frame.press("Home")
     frame.press(" ")
     page.locator(".fold.folded", has_text="+1999").wait_for()
+
+
+def test_ten_thousand_messages_are_seen_before_all_are_read(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    """Counted: requests, elements, and messages of the path; the path here is some 9,900 messages long."""
+    parents = [
+        None if number == 1 else number - 1 if number % 100 else number - 2
+        for number in range(1, 10_001)
+    ]
+    made = large(quick.url, parents, tip=9999)
+    page = windows(quick.url)
+    page.locator(".live.on").wait_for()
+    read: list[str] = []
+    waiting: list[Any] = []
+    page.on("request", lambda one: read.append(one.url) if "/tree" in one.url else None)
+    page.route(re.compile("after="), lambda route: waiting.append(route))  # noqa: PLW0108 - as above
+    page.evaluate(f"location.hash = '{made}'")
+    until(
+        page, "(document.querySelector('.dots')?.getAttribute('d') ?? '').split('M').length > 1900"
+    )
+    assert "2,000 messages so far" in page.locator(".head-title").inner_text()
+    assert page.locator(".tree-frame *").count() <= MOST_ELEMENTS
+    assert (len(read), page.locator(".card").count()) == (2, 0)
+    while page.locator(".card").count() == 0:
+        while waiting:
+            waiting.pop().continue_()
+        page.wait_for_timeout(50)
+    page.locator(".card.chosen", has_text="Message 9999").wait_for()
+    assert "10,000 messages, 1 branch" in page.locator(".head-title").inner_text()
+    assert page.locator(".message").count() <= 60
+    assert max(drawn_by_keys(page)) <= MOST_ELEMENTS
+    assert len(read) == 5
 
 
 def test_the_view_glides_and_ends_where_a_person_moves_it(

@@ -233,7 +233,7 @@ export function TreeView() {
   // Until a person moves it, the view follows: the whole tree where it can be read so, and else what is chosen.
   const opened = useRef("");
   useEffect(() => {
-    if (!tree.id || room.width === 0 || places.size === 0 || chosen === null) return;
+    if (!tree.id || room.width === 0 || places.size === 0 || (chosen === null && !state.isOpening.value)) return;
     const isNew = opened.current !== tree.id;
     if (isNew) isMoved.current = false;
     opened.current = tree.id;
