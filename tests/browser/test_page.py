@@ -401,9 +401,8 @@ def test_a_reply_that_grows_is_drawn_seldom_and_the_messages_before_it_not_at_al
         """() => {
           window.drawn = {growing: 0, others: 0};
           new MutationObserver((all) => {
-            for (const one of all)
-              if (one.target.matches?.('.markdown'))
-                window.drawn[one.target.closest('.growing') ? 'growing' : 'others'] += 1;
+            const texts = new Set(all.map((one) => one.target).filter((one) => one.matches?.('.markdown')));
+            for (const one of texts) window.drawn[one.closest('.growing') ? 'growing' : 'others'] += 1;
           }).observe(document.querySelector('.messages'), {childList: true, subtree: true});
         }"""
     )
@@ -415,6 +414,84 @@ def test_a_reply_that_grows_is_drawn_seldom_and_the_messages_before_it_not_at_al
     took, drawn = monotonic() - begun, page.evaluate("drawn")
     assert 3 <= drawn["growing"] <= 22 * took
     assert drawn["others"] <= 4  # the question and the reply, once they are in the tree
+
+
+GROW = """async ({text, steps, wait}) => {
+  const [{Markdown}, {h, render}, {Marked}] = await Promise.all(
+    ["/web/markdown.js", "/web/vendor/preact.mjs", "/web/vendor/marked.js"].map((one) => import(one)));
+  const kept = DOMPurify.sanitize;
+  const found = {characters: 0, draws: 0};
+  DOMPurify.sanitize = (html, how) => {
+    found.characters += html.length;
+    return kept.call(DOMPurify, html, how);
+  };
+  const drawn = async (texts) => {
+    const host = document.createElement('div');
+    document.body.append(host);
+    for (const one of texts) {
+      render(h(Markdown, {text: one}), host);
+      await new Promise((done) => setTimeout(done, wait));
+    }
+    await new Promise((done) => setTimeout(done, 500));
+    const html = host.querySelector('.markdown').innerHTML;
+    render(null, host);
+    host.remove();
+    return html;
+  };
+  const begun = performance.now();
+  new MutationObserver(() => found.draws += 1).observe(document.body, {childList: true, subtree: true});
+  const grown = await drawn(Array.from({length: steps}, (_, one) =>
+    text.slice(0, Math.ceil((text.length * (one + 1)) / steps))));
+  const counts = {...found, seconds: (performance.now() - begun) / 1000};
+  const host = document.createElement('div');
+  const html = new Marked({gfm: true, breaks: true}).parse(text);
+  host.innerHTML = kept.call(DOMPurify, html, {RETURN_TRUSTED_TYPE: true, FORBID_TAGS: ['input']});
+  const whole = await drawn([text]);
+  DOMPurify.sanitize = kept;
+  return {...counts, grown, whole, parsed: host.innerHTML};
+}"""
+"""Has the page draw a text as it grows, and at once; `characters`: those that became elements."""
+
+
+def test_a_long_reply_is_drawn_block_by_block(quick: Any, windows: Callable[..., Any]) -> None:
+    """Counted: of 2,000 tokens each is drawn a few times, not once for each that comes after it."""
+    page = windows(quick.url)
+    page.locator(".live.on").wait_for()
+    part = (
+        "## A heading\n\nThe *quick* brown fox jumps over the `lazy` dog, and then over another one.\n\n"
+        "- one thing\n- another thing\n\n  which goes on\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n"
+        "> Somebody said this,\nand did not stop.\n\n1. first\n2. second\n   - below it\n\n"
+        "It ends with some more words, so that there is a paragraph of two lines\nhere. [A link](http://x.y)\n\n"
+    )
+    found = page.evaluate(GROW, {"text": part * 20, "steps": 250, "wait": 20})
+    assert found["grown"] == found["whole"] == found["parsed"]
+    assert found["characters"] <= 8 * len(found["whole"])
+    # One block of that length has to be drawn as a whole, so it is drawn more seldom.
+    code = "```python\n" + "for one in range(10):\n    print(one)\n" * 200 + "```\n"
+    page.evaluate(GROW, {"text": code, "steps": 1, "wait": 20})  # the colours are there
+    found = page.evaluate(GROW, {"text": code, "steps": 250, "wait": 20})
+    assert found["grown"] == found["whole"]
+    assert "hljs-keyword" in found["grown"]
+    assert found["draws"] <= 80 + 6 * found["seconds"]
+
+
+TEXTS = (
+    "A title\n===\n\nthen\nlines  \nand more\n***\n- a\n\n\n- b\n* c\n",
+    "- a\n  > quoted\n\n  still a\n    - deep\n\n      deeper\nlazy\n\nout\n",
+    "Text\n    not code\n\n1) one\n2) two\n\n\n3. three\n\t- tab\n",
+    "a | b\n--|--\n1 | 2\nno table\n\n~~gone~~ **bold\nover lines** <u@x.yz>\r\n\r\nend\r\n",
+    "\n\n   \nfirst\n\n[one]: http://a.b\n[one]\n\n- [x] done\n- [ ] open\n",
+)
+
+
+def test_a_text_that_grows_ends_as_the_parser_has_it(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    page = windows(quick.url)
+    page.locator(".live.on").wait_for()
+    for text in TEXTS:
+        found = page.evaluate(GROW, {"text": text, "steps": len(text), "wait": 2})
+        assert found["grown"] == found["whole"] == found["parsed"]
 
 
 def test_what_is_opened_leaves_nothing_behind(quick: Any, windows: Callable[..., Any]) -> None:
