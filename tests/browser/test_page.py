@@ -4,6 +4,7 @@ import json
 import re
 import urllib.request
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 pytestmark = [pytest.mark.model, pytest.mark.xdist_group("browser")]
 Json = dict[str, Any]
 MOST_ELEMENTS = 300
+WEB = Path(str(resources.files("recollect"))) / "web"
 HOSTILE = (
     "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
     "[a](javascript:window.hacked=1) ![b](http://example.invalid/c.png)\n\n"
@@ -492,6 +494,22 @@ def test_a_text_that_grows_ends_as_the_parser_has_it(
     for text in TEXTS:
         found = page.evaluate(GROW, {"text": text, "steps": len(text), "wait": 2})
         assert found["grown"] == found["whole"] == found["parsed"]
+
+
+def test_code_has_colours_in_every_language_that_the_page_has(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    languages = sorted(path.stem for path in (WEB / "vendor" / "languages").iterdir())
+    code = '"text" 1\n+ a\n# A\n<a b="c">'  # something in it is coloured in each of them
+    text = "\n\n".join(f"```{name}\n{code}\n```" for name in [*languages, "ts", "sqlite", "none"])
+    made = api(quick.url, "/v1/conversations", {"items": [message("assistant", text)]})["id"]
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".code").first.wait_for()
+    has_colours = (
+        "[...document.querySelectorAll('.code')].map((one) => !!one.querySelector('[class^=hljs]'))"
+    )
+    until(page, f"{has_colours}.filter(Boolean).length >= {len(languages) + 2}")
+    assert page.evaluate(has_colours) == [True] * (len(languages) + 2) + [False]
 
 
 def test_what_is_opened_leaves_nothing_behind(quick: Any, windows: Callable[..., Any]) -> None:

@@ -21,10 +21,11 @@ const NAMES = /** @type {Record<string, string>} */ ({
   ...{ sh: "bash", shell: "bash", zsh: "bash", console: "bash", js: "javascript", jsx: "javascript" },
   ...{ ts: "javascript", tsx: "javascript", typescript: "javascript", py: "python", rs: "rust", yml: "yaml" },
   ...{ html: "xml", svg: "xml", md: "markdown", c: "cpp", "c++": "cpp", h: "cpp", golang: "go", patch: "diff" },
+  ...{ sqlite: "sql", postgresql: "sql", mysql: "sql" },
 });
 const LANGUAGES = new Set([
-  ...["bash", "cpp", "diff", "go", "java", "javascript", "json", "markdown", "python", "rust", "xml"],
-  "yaml",
+  ...["bash", "cpp", "diff", "go", "java", "javascript", "json", "markdown", "python", "rust", "sql"],
+  ...["xml", "yaml"],
 ]);
 /** Counts languages that have been loaded: what was shown without colours is drawn again. */
 const loaded = signal(0);
