@@ -1,7 +1,10 @@
 """The page in a browser, against a running server with smollm2: what a person does with it."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -54,11 +57,15 @@ def fresh(page: Any) -> None:
 
 
 def ask(page: Any, text: str) -> None:
-    """Ask, and wait until the reply is there."""
+    """Ask, and wait until the reply is there, however soon that is."""
     page.get_by_label("Question", exact=True).fill(text)
     page.keyboard.press("Enter")
-    page.get_by_label("Stop").or_(page.locator(".growing")).first.wait_for()
-    settled(page)
+    until(
+        page,
+        "(([asked, reply]) => !document.querySelector('.growing')"
+        f" && asked?.querySelector('.markdown')?.innerText.trim() === {json.dumps(text)}"
+        " && reply?.querySelector('.reuse'))([...document.querySelectorAll('.message')].slice(-2))",
+    )
 
 
 def settled(page: Any) -> None:
@@ -512,6 +519,36 @@ def test_code_has_colours_in_every_language_that_the_page_has(
     assert page.evaluate(has_colours) == [True] * (len(languages) + 2) + [False]
 
 
+def test_the_page_of_an_installed_wheel_is_whole(
+    start_server: Callable[..., Any], windows: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The server finds no other files than those that were installed."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    root, packages = Path(__file__).parents[2], tmp_path / "packages"
+    build = [*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(root)]
+    subprocess.run(build, check=True)  # noqa: S603 - our own
+    wheel = next(tmp_path.glob("*.whl"))
+    install = [*pip, "install", "--no-deps", "--target", str(packages), str(wheel)]
+    subprocess.run(install, check=True)  # noqa: S603 - our own
+    installed = start_server(model="reference", packages=packages)
+    answered: list[str] = []
+    page = windows(installed.url)
+    page.on("response", lambda one: answered.append(one.url))
+    page.reload()
+    page.locator(".live.on").wait_for()
+    ask(page, "Hello")
+    names = {
+        str(path.relative_to(WEB)) for path in WEB.glob("*.*") if path.suffix in {".js", ".css"}
+    }
+    assert {f"{installed.url}web/{name}" for name in names} <= set(answered)
+    # It was this server's own package.
+    run = [sys.executable, "-c", "import recollect.server.page as page; print(page.__file__)"]
+    environment = {**os.environ, "PYTHONPATH": str(packages)}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)  # noqa: S603 - our own
+    assert Path(done.stdout.strip()).is_relative_to(packages)
+    installed.stop()
+
+
 def test_what_is_opened_leaves_nothing_behind(quick: Any, windows: Callable[..., Any]) -> None:
     """Listeners and elements after a hundred conversations are those after four."""
     lonely = api(quick.url, "/v1/conversations", {"items": [message("user", "Hello")]})["id"]
@@ -632,7 +669,7 @@ def test_two_windows_show_the_same_and_a_restart_goes_on_warm(
 def test_a_key_is_asked_for_and_stays_in_the_tab(
     start_server: Callable[..., Any], windows: Callable[..., Any]
 ) -> None:
-    keyed = start_server("--api-key", "rk-right")
+    keyed = start_server("--api-key", "rk-right", model="reference")
     page = windows(keyed.url)
     page.get_by_label("Key").fill("rk-wrong")
     page.get_by_role("button", name="Go on").click()
@@ -650,7 +687,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(
     # A key that is taken away while the page is open is asked for anew, and another is another's.
     page.get_by_label("Question", exact=True).fill("Not yet asked")
     keyed.stop()
-    keyed.start("--model", "smollm2", "--api-key", "rk-other")
+    keyed.start("--model", "reference", "--api-key", "rk-other")
     page.get_by_text("does not take that key").wait_for()
     page.get_by_label("Key").fill("rk-other")
     page.get_by_role("button", name="Go on").click()
