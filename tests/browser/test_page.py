@@ -222,6 +222,13 @@ def test_an_agent_is_watched_as_it_branches(
     page.locator(".card").nth(6).wait_for()
     assert page.locator(".entry").count() == 1
     assert "2 branches" in page.locator(".head-title").inner_text()
+    # It changes what it has sent: what is read again for that is told, with the words.
+    agent(*first[:2], ("assistant", "There are none."), ("user", "Delete the last one."))
+    page.get_by_label("The next one").first.wait_for()
+    page.locator(".card.assistant", has_text="There are none.").click()
+    page.get_by_role("button", name="Delete the last one.").click()
+    told = page.locator(".lost", has_text="tokens read again: Message 3:").inner_text()
+    assert "none" in told
     keeping.stop()
 
 
@@ -547,6 +554,148 @@ def test_the_page_of_an_installed_wheel_is_whole(
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)  # noqa: S603 - our own
     assert Path(done.stdout.strip()).is_relative_to(packages)
     installed.stop()
+
+
+def test_settings_are_sent_with_what_is_asked(server: Any, windows: Callable[..., Any]) -> None:
+    page = windows(server.url, settings={})
+    page.locator(".live.on").wait_for()
+    page.get_by_role("button", name="Settings").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Model").select_option("smollm2")
+    dialog.get_by_label("System prompt of new conversations").fill("You are brief.")
+    for name, value in {
+        "Temperature": "0.5",
+        "Top p": "0.9",
+        "Most tokens": "8",
+        "Seed": "7",
+    }.items():
+        dialog.get_by_label(name).fill(value)
+    tools = dialog.get_by_label("Tools, as the Responses API takes them")
+    tools.fill("{")
+    dialog.get_by_role("alert").wait_for()
+    tool = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
+    tools.fill(json.dumps([tool]))
+    assert dialog.get_by_role("alert").count() == 0
+    page.keyboard.press("Escape")
+    until(page, "!document.querySelector('dialog')")
+    fresh(page)
+    with page.expect_request("**/v1/responses") as asked:
+        ask(page, "Is it warm in Rome?")
+    sent = asked.value.post_data_json
+    wanted = {
+        "model": "smollm2",
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_output_tokens": 8,
+        "seed": 7,
+    }
+    assert {name: sent[name] for name in wanted} == wanted
+    assert sent["tools"] == [tool]
+    assert "You are brief." in page.locator(".card.system").inner_text()
+
+
+def test_reasoning_is_folded_and_calls_are_seen(quick: Any, windows: Callable[..., Any]) -> None:
+    thought = {"type": "reasoning_text", "text": "91 is 7 times 13."}
+    call = {"type": "function_call", "call_id": "c", "name": "divide", "arguments": '{"by": 7}'}
+    items = [
+        message("user", "Is 91 prime?"),
+        {"type": "reasoning", "summary": [], "content": [thought]},
+        call,
+        {"type": "function_call_output", "call_id": "c", "output": "13"},
+        message("assistant", "No."),
+    ]
+    made = api(quick.url, "/v1/conversations", {"items": items})["id"]
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".message.assistant", has_text="No.").wait_for()
+    hidden = page.get_by_text("91 is 7 times 13.")
+    assert not hidden.first.is_visible()
+    page.get_by_text("Reasoning", exact=True).click()
+    assert hidden.first.is_visible()
+    assert page.locator(".message.assistant pre", has_text='"by": 7').is_visible()
+    assert page.locator(".message.tool pre", has_text="13").is_visible()
+    assert page.locator(".card", has_text="Calls divide").count() == 1
+
+
+def test_search_leads_to_what_was_said_and_a_dropped_file_is_imported(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    items = [message("user", "Where do ospreys live?"), message("assistant", "By the water.")]
+    made = api(quick.url, "/v1/conversations", {"items": [*items, message("user", "And owls?")]})
+    file = api(quick.url, f"/v1/conversations/{made['id']}/export")
+    page = windows(quick.url)
+    page.locator(".live.on").wait_for()
+    page.get_by_label("Search what was said").fill("ospreys")
+    page.locator(".hit", has_text="ospreys").first.click()
+    page.locator(".card.chosen", has_text="ospreys").wait_for()
+    assert page.locator(".message").count() == 1
+    before = page.evaluate("location.hash")
+    page.evaluate(
+        """(text) => {
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File([text], 'one.json'));
+          document.querySelector('.tree').dispatchEvent(new DragEvent('drop', {dataTransfer, bubbles: true}));
+        }""",
+        json.dumps(file),
+    )
+    until(page, f"location.hash !== {json.dumps(before)}")
+    page.locator(".card", has_text="And owls?").wait_for()
+    page.evaluate(
+        """() => {
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File(['no'], 'two.json'));
+          dispatchEvent(new DragEvent('drop', {dataTransfer}));
+        }"""
+    )
+    page.locator(".notice.error", has_text="two.json is no exported conversation").wait_for()
+
+
+def test_how_far_a_long_prompt_is_read_is_shown(server: Any, windows: Callable[..., Any]) -> None:
+    page = windows(server.url)
+    fresh(page)
+    words = " ".join(f"word-{number}" for number in range(400))
+    page.get_by_label("Question", exact=True).fill(f"Which is the last of these? {words}")
+    page.keyboard.press("Enter")
+    read = page.locator(".reading", has_text="tokens read")
+    read.wait_for()
+    most = int(page.locator(".reading progress").get_attribute("max"))
+    assert most > 1000
+    page.get_by_role("button", name="Stop").click()
+    page.locator(".growing").first.wait_for(state="detached")
+
+
+def test_several_questions_are_tried_together(quick: Any, windows: Callable[..., Any]) -> None:
+    page = windows(f"{quick.url}#{counting(quick.url)}")
+    page.locator(".message.assistant").wait_for()
+    page.get_by_role("button", name="Explore").click()
+    page.get_by_text("Several questions, one a line").click()
+    page.get_by_label("The questions", exact=True).fill(
+        "What is a fish?\nWhat is a bird?\n\nAnd a cow?"
+    )
+    page.get_by_role("button", name="Try them").click()
+    page.get_by_role("button", name="Keep this").nth(2).wait_for()
+    heads = page.locator(".way header b").all_inner_texts()
+    assert heads == ["What is a fish?", "What is a bird?", "And a cow?"]
+    assert set(tree_of(quick.url, page)["tips"]) == {
+        "main",
+        "what-is-a-fish",
+        "what-is-a-bird",
+        "and-a-cow",
+    }
+    page.get_by_role("button", name="Keep this").nth(1).click()
+    page.locator(".message.user", has_text="What is a bird?").wait_for()
+
+
+def test_the_legend_does_not_cover_what_is_chosen(quick: Any, windows: Callable[..., Any]) -> None:
+    made = large(quick.url, [None, *range(1, 9)], tip=9)
+    page = windows(f"{quick.url}#{made}", viewport={"width": 360, "height": 780})
+    page.get_by_role("button", name="Tree", exact=True).click()
+    for key in ["", "Home", "End", "0"]:
+        if key:
+            page.get_by_role("tree").press(key)
+        page.locator(".card.chosen").wait_for()
+        page.wait_for_timeout(200)
+        card, legend = (page.locator(one).bounding_box() for one in (".card.chosen", ".legend"))
+        assert card["y"] + card["height"] <= legend["y"], key
 
 
 def test_what_is_opened_leaves_nothing_behind(quick: Any, windows: Callable[..., Any]) -> None:
