@@ -80,8 +80,10 @@ def browser() -> Iterator[Any]:
 class Server:
     """A server in a process of its own, as a user starts it."""
 
-    def __init__(self, home: Path, *arguments: str) -> None:
-        self._home = home
+    def __init__(self, home: Path, *arguments: str, packages: Path | None = None) -> None:
+        self._environment = {**os.environ, "RECOLLECT_HOME": str(home), "PYTHONUTF8": "1"}
+        if packages is not None:
+            self._environment["PYTHONPATH"] = str(packages)
         self._arguments = arguments
         self.port = 0
         self.start()
@@ -89,10 +91,9 @@ class Server:
     def start(self, *arguments: str) -> None:
         """Start it, on the port that it had; with other arguments, where there are any."""
         self._arguments = arguments or self._arguments
-        environment = {**os.environ, "RECOLLECT_HOME": str(self._home), "PYTHONUTF8": "1"}
         command = [sys.executable, "-m", "recollect", "serve", "--port", str(self.port)]
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and package
-            [*command, *self._arguments], env=environment, stderr=subprocess.PIPE, text=True
+            [*command, *self._arguments], env=self._environment, stderr=subprocess.PIPE, text=True
         )
         assert self._process.stderr is not None
         told = ""
@@ -119,14 +120,14 @@ class Server:
 
 @pytest.fixture(scope="module")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Return what starts a server with smollm2 and a home of its own."""
+    """Return what starts a server with a home of its own; `packages`: a folder that comes before others."""
     prepare("smollm2", home=config.home())
     with ExitStack() as stack:
 
-        def start(*arguments: str, model: str = "smollm2") -> Server:
+        def start(*arguments: str, model: str = "smollm2", packages: Path | None = None) -> Server:
             home = tmp_path_factory.mktemp("home")
             models_folder(home).symlink_to(models_folder(config.home()))
-            server = Server(home, "--model", model, *arguments)
+            server = Server(home, "--model", model, *arguments, packages=packages)
             stack.callback(server.stop)
             return server
 

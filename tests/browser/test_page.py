@@ -1,9 +1,13 @@
 """The page in a browser, against a running server with smollm2: what a person does with it."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 pytestmark = [pytest.mark.model, pytest.mark.xdist_group("browser")]
 Json = dict[str, Any]
 MOST_ELEMENTS = 300
+WEB = Path(str(resources.files("recollect"))) / "web"
 HOSTILE = (
     "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
     "[a](javascript:window.hacked=1) ![b](http://example.invalid/c.png)\n\n"
@@ -52,11 +57,15 @@ def fresh(page: Any) -> None:
 
 
 def ask(page: Any, text: str) -> None:
-    """Ask, and wait until the reply is there."""
+    """Ask, and wait until the reply is there, however soon that is."""
     page.get_by_label("Question", exact=True).fill(text)
     page.keyboard.press("Enter")
-    page.get_by_label("Stop").or_(page.locator(".growing")).first.wait_for()
-    settled(page)
+    until(
+        page,
+        "(([asked, reply]) => !document.querySelector('.growing')"
+        f" && asked?.querySelector('.markdown')?.innerText.trim() === {json.dumps(text)}"
+        " && reply?.querySelector('.reuse'))([...document.querySelectorAll('.message')].slice(-2))",
+    )
 
 
 def settled(page: Any) -> None:
@@ -213,6 +222,13 @@ def test_an_agent_is_watched_as_it_branches(
     page.locator(".card").nth(6).wait_for()
     assert page.locator(".entry").count() == 1
     assert "2 branches" in page.locator(".head-title").inner_text()
+    # It changes what it has sent: what is read again for that is told, with the words.
+    agent(*first[:2], ("assistant", "There are none."), ("user", "Delete the last one."))
+    page.get_by_label("The next one").first.wait_for()
+    page.locator(".card.assistant", has_text="There are none.").click()
+    page.get_by_role("button", name="Delete the last one.").click()
+    told = page.locator(".lost", has_text="tokens read again: Message 3:").inner_text()
+    assert "none" in told
     keeping.stop()
 
 
@@ -401,9 +417,8 @@ def test_a_reply_that_grows_is_drawn_seldom_and_the_messages_before_it_not_at_al
         """() => {
           window.drawn = {growing: 0, others: 0};
           new MutationObserver((all) => {
-            for (const one of all)
-              if (one.target.matches?.('.markdown'))
-                window.drawn[one.target.closest('.growing') ? 'growing' : 'others'] += 1;
+            const texts = new Set(all.map((one) => one.target).filter((one) => one.matches?.('.markdown')));
+            for (const one of texts) window.drawn[one.closest('.growing') ? 'growing' : 'others'] += 1;
           }).observe(document.querySelector('.messages'), {childList: true, subtree: true});
         }"""
     )
@@ -415,6 +430,272 @@ def test_a_reply_that_grows_is_drawn_seldom_and_the_messages_before_it_not_at_al
     took, drawn = monotonic() - begun, page.evaluate("drawn")
     assert 3 <= drawn["growing"] <= 22 * took
     assert drawn["others"] <= 4  # the question and the reply, once they are in the tree
+
+
+GROW = """async ({text, steps, wait}) => {
+  const [{Markdown}, {h, render}, {Marked}] = await Promise.all(
+    ["/web/markdown.js", "/web/vendor/preact.mjs", "/web/vendor/marked.js"].map((one) => import(one)));
+  const kept = DOMPurify.sanitize;
+  const found = {characters: 0, draws: 0};
+  DOMPurify.sanitize = (html, how) => {
+    found.characters += html.length;
+    return kept.call(DOMPurify, html, how);
+  };
+  const drawn = async (texts) => {
+    const host = document.createElement('div');
+    document.body.append(host);
+    for (const one of texts) {
+      render(h(Markdown, {text: one}), host);
+      await new Promise((done) => setTimeout(done, wait));
+    }
+    await new Promise((done) => setTimeout(done, 500));
+    const html = host.querySelector('.markdown').innerHTML;
+    render(null, host);
+    host.remove();
+    return html;
+  };
+  const begun = performance.now();
+  new MutationObserver(() => found.draws += 1).observe(document.body, {childList: true, subtree: true});
+  const grown = await drawn(Array.from({length: steps}, (_, one) =>
+    text.slice(0, Math.ceil((text.length * (one + 1)) / steps))));
+  const counts = {...found, seconds: (performance.now() - begun) / 1000};
+  const host = document.createElement('div');
+  const html = new Marked({gfm: true, breaks: true}).parse(text);
+  host.innerHTML = kept.call(DOMPurify, html, {RETURN_TRUSTED_TYPE: true, FORBID_TAGS: ['input']});
+  const whole = await drawn([text]);
+  DOMPurify.sanitize = kept;
+  return {...counts, grown, whole, parsed: host.innerHTML};
+}"""
+"""Has the page draw a text as it grows, and at once; `characters`: those that became elements."""
+
+
+def test_a_long_reply_is_drawn_block_by_block(quick: Any, windows: Callable[..., Any]) -> None:
+    """Counted: of 2,000 tokens each is drawn a few times, not once for each that comes after it."""
+    page = windows(quick.url)
+    page.locator(".live.on").wait_for()
+    part = (
+        "## A heading\n\nThe *quick* brown fox jumps over the `lazy` dog, and then over another one.\n\n"
+        "- one thing\n- another thing\n\n  which goes on\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n"
+        "> Somebody said this,\nand did not stop.\n\n1. first\n2. second\n   - below it\n\n"
+        "It ends with some more words, so that there is a paragraph of two lines\nhere. [A link](http://x.y)\n\n"
+    )
+    found = page.evaluate(GROW, {"text": part * 20, "steps": 250, "wait": 20})
+    assert found["grown"] == found["whole"] == found["parsed"]
+    assert found["characters"] <= 8 * len(found["whole"])
+    # One block of that length has to be drawn as a whole, so it is drawn more seldom.
+    code = "```python\n" + "for one in range(10):\n    print(one)\n" * 200 + "```\n"
+    page.evaluate(GROW, {"text": code, "steps": 1, "wait": 20})  # the colours are there
+    found = page.evaluate(GROW, {"text": code, "steps": 250, "wait": 20})
+    assert found["grown"] == found["whole"]
+    assert "hljs-keyword" in found["grown"]
+    assert found["draws"] <= 80 + 6 * found["seconds"]
+
+
+TEXTS = (
+    "A title\n===\n\nthen\nlines  \nand more\n***\n- a\n\n\n- b\n* c\n",
+    "- a\n  > quoted\n\n  still a\n    - deep\n\n      deeper\nlazy\n\nout\n",
+    "Text\n    not code\n\n1) one\n2) two\n\n\n3. three\n\t- tab\n",
+    "a | b\n--|--\n1 | 2\nno table\n\n~~gone~~ **bold\nover lines** <u@x.yz>\r\n\r\nend\r\n",
+    "\n\n   \nfirst\n\n[one]: http://a.b\n[one]\n\n- [x] done\n- [ ] open\n",
+)
+
+
+def test_a_text_that_grows_ends_as_the_parser_has_it(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    page = windows(quick.url)
+    page.locator(".live.on").wait_for()
+    for text in TEXTS:
+        found = page.evaluate(GROW, {"text": text, "steps": len(text), "wait": 2})
+        assert found["grown"] == found["whole"] == found["parsed"]
+
+
+def test_code_has_colours_in_every_language_that_the_page_has(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    languages = sorted(path.stem for path in (WEB / "vendor" / "languages").iterdir())
+    code = '"text" 1\n+ a\n# A\n<a b="c">'  # something in it is coloured in each of them
+    text = "\n\n".join(f"```{name}\n{code}\n```" for name in [*languages, "ts", "sqlite", "none"])
+    made = api(quick.url, "/v1/conversations", {"items": [message("assistant", text)]})["id"]
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".code").first.wait_for()
+    has_colours = (
+        "[...document.querySelectorAll('.code')].map((one) => !!one.querySelector('[class^=hljs]'))"
+    )
+    until(page, f"{has_colours}.filter(Boolean).length >= {len(languages) + 2}")
+    assert page.evaluate(has_colours) == [True] * (len(languages) + 2) + [False]
+
+
+def test_the_page_of_an_installed_wheel_is_whole(
+    start_server: Callable[..., Any], windows: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The server finds no other files than those that were installed."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    root, packages = Path(__file__).parents[2], tmp_path / "packages"
+    build = [*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(root)]
+    subprocess.run(build, check=True)  # noqa: S603 - our own
+    wheel = next(tmp_path.glob("*.whl"))
+    install = [*pip, "install", "--no-deps", "--target", str(packages), str(wheel)]
+    subprocess.run(install, check=True)  # noqa: S603 - our own
+    installed = start_server(model="reference", packages=packages)
+    answered: list[str] = []
+    page = windows(installed.url)
+    page.on("response", lambda one: answered.append(one.url))
+    page.reload()
+    page.locator(".live.on").wait_for()
+    ask(page, "Hello")
+    names = {
+        str(path.relative_to(WEB)) for path in WEB.glob("*.*") if path.suffix in {".js", ".css"}
+    }
+    assert {f"{installed.url}web/{name}" for name in names} <= set(answered)
+    # It was this server's own package.
+    run = [sys.executable, "-c", "import recollect.server.page as page; print(page.__file__)"]
+    environment = {**os.environ, "PYTHONPATH": str(packages)}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)  # noqa: S603 - our own
+    assert Path(done.stdout.strip()).is_relative_to(packages)
+    installed.stop()
+
+
+def test_settings_are_sent_with_what_is_asked(server: Any, windows: Callable[..., Any]) -> None:
+    page = windows(server.url, settings={})
+    page.locator(".live.on").wait_for()
+    page.get_by_role("button", name="Settings").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Model").select_option("smollm2")
+    dialog.get_by_label("System prompt of new conversations").fill("You are brief.")
+    for name, value in {
+        "Temperature": "0.5",
+        "Top p": "0.9",
+        "Most tokens": "8",
+        "Seed": "7",
+    }.items():
+        dialog.get_by_label(name).fill(value)
+    tools = dialog.get_by_label("Tools, as the Responses API takes them")
+    tools.fill("{")
+    dialog.get_by_role("alert").wait_for()
+    tool = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
+    tools.fill(json.dumps([tool]))
+    assert dialog.get_by_role("alert").count() == 0
+    page.keyboard.press("Escape")
+    until(page, "!document.querySelector('dialog')")
+    fresh(page)
+    with page.expect_request("**/v1/responses") as asked:
+        ask(page, "Is it warm in Rome?")
+    sent = asked.value.post_data_json
+    wanted = {
+        "model": "smollm2",
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_output_tokens": 8,
+        "seed": 7,
+    }
+    assert {name: sent[name] for name in wanted} == wanted
+    assert sent["tools"] == [tool]
+    assert "You are brief." in page.locator(".card.system").inner_text()
+
+
+def test_reasoning_is_folded_and_calls_are_seen(quick: Any, windows: Callable[..., Any]) -> None:
+    thought = {"type": "reasoning_text", "text": "91 is 7 times 13."}
+    call = {"type": "function_call", "call_id": "c", "name": "divide", "arguments": '{"by": 7}'}
+    items = [
+        message("user", "Is 91 prime?"),
+        {"type": "reasoning", "summary": [], "content": [thought]},
+        call,
+        {"type": "function_call_output", "call_id": "c", "output": "13"},
+        message("assistant", "No."),
+    ]
+    made = api(quick.url, "/v1/conversations", {"items": items})["id"]
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".message.assistant", has_text="No.").wait_for()
+    hidden = page.get_by_text("91 is 7 times 13.")
+    assert not hidden.first.is_visible()
+    page.get_by_text("Reasoning", exact=True).click()
+    assert hidden.first.is_visible()
+    assert page.locator(".message.assistant pre", has_text='"by": 7').is_visible()
+    assert page.locator(".message.tool pre", has_text="13").is_visible()
+    assert page.locator(".card", has_text="Calls divide").count() == 1
+
+
+def test_search_leads_to_what_was_said_and_a_dropped_file_is_imported(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    items = [message("user", "Where do ospreys live?"), message("assistant", "By the water.")]
+    made = api(quick.url, "/v1/conversations", {"items": [*items, message("user", "And owls?")]})
+    file = api(quick.url, f"/v1/conversations/{made['id']}/export")
+    page = windows(quick.url)
+    page.locator(".live.on").wait_for()
+    page.get_by_label("Search what was said").fill("ospreys")
+    page.locator(".hit", has_text="ospreys").first.click()
+    page.locator(".card.chosen", has_text="ospreys").wait_for()
+    assert page.locator(".message").count() == 1
+    before = page.evaluate("location.hash")
+    page.evaluate(
+        """(text) => {
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File([text], 'one.json'));
+          document.querySelector('.tree').dispatchEvent(new DragEvent('drop', {dataTransfer, bubbles: true}));
+        }""",
+        json.dumps(file),
+    )
+    until(page, f"location.hash !== {json.dumps(before)}")
+    page.locator(".card", has_text="And owls?").wait_for()
+    page.evaluate(
+        """() => {
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File(['no'], 'two.json'));
+          dispatchEvent(new DragEvent('drop', {dataTransfer}));
+        }"""
+    )
+    page.locator(".notice.error", has_text="two.json is no exported conversation").wait_for()
+
+
+def test_how_far_a_long_prompt_is_read_is_shown(server: Any, windows: Callable[..., Any]) -> None:
+    page = windows(server.url)
+    fresh(page)
+    words = " ".join(f"word-{number}" for number in range(400))
+    page.get_by_label("Question", exact=True).fill(f"Which is the last of these? {words}")
+    page.keyboard.press("Enter")
+    read = page.locator(".reading", has_text="tokens read")
+    read.wait_for()
+    most = int(page.locator(".reading progress").get_attribute("max"))
+    assert most > 1000
+    page.get_by_role("button", name="Stop").click()
+    page.locator(".growing").first.wait_for(state="detached")
+
+
+def test_several_questions_are_tried_together(quick: Any, windows: Callable[..., Any]) -> None:
+    page = windows(f"{quick.url}#{counting(quick.url)}")
+    page.locator(".message.assistant").wait_for()
+    page.get_by_role("button", name="Explore").click()
+    page.get_by_text("Several questions, one a line").click()
+    page.get_by_label("The questions", exact=True).fill(
+        "What is a fish?\nWhat is a bird?\n\nAnd a cow?"
+    )
+    page.get_by_role("button", name="Try them").click()
+    page.get_by_role("button", name="Keep this").nth(2).wait_for()
+    heads = page.locator(".way header b").all_inner_texts()
+    assert heads == ["What is a fish?", "What is a bird?", "And a cow?"]
+    assert set(tree_of(quick.url, page)["tips"]) == {
+        "main",
+        "what-is-a-fish",
+        "what-is-a-bird",
+        "and-a-cow",
+    }
+    page.get_by_role("button", name="Keep this").nth(1).click()
+    page.locator(".message.user", has_text="What is a bird?").wait_for()
+
+
+def test_the_legend_does_not_cover_what_is_chosen(quick: Any, windows: Callable[..., Any]) -> None:
+    made = large(quick.url, [None, *range(1, 9)], tip=9)
+    page = windows(f"{quick.url}#{made}", viewport={"width": 360, "height": 780})
+    page.get_by_role("button", name="Tree", exact=True).click()
+    for key in ["", "Home", "End", "0"]:
+        if key:
+            page.get_by_role("tree").press(key)
+        page.locator(".card.chosen").wait_for()
+        page.wait_for_timeout(200)
+        card, legend = (page.locator(one).bounding_box() for one in (".card.chosen", ".legend"))
+        assert card["y"] + card["height"] <= legend["y"], key
 
 
 def test_what_is_opened_leaves_nothing_behind(quick: Any, windows: Callable[..., Any]) -> None:
@@ -537,7 +818,7 @@ def test_two_windows_show_the_same_and_a_restart_goes_on_warm(
 def test_a_key_is_asked_for_and_stays_in_the_tab(
     start_server: Callable[..., Any], windows: Callable[..., Any]
 ) -> None:
-    keyed = start_server("--api-key", "rk-right")
+    keyed = start_server("--api-key", "rk-right", model="reference")
     page = windows(keyed.url)
     page.get_by_label("Key").fill("rk-wrong")
     page.get_by_role("button", name="Go on").click()
@@ -555,7 +836,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(
     # A key that is taken away while the page is open is asked for anew, and another is another's.
     page.get_by_label("Question", exact=True).fill("Not yet asked")
     keyed.stop()
-    keyed.start("--model", "smollm2", "--api-key", "rk-other")
+    keyed.start("--model", "reference", "--api-key", "rk-other")
     page.get_by_text("does not take that key").wait_for()
     page.get_by_label("Key").fill("rk-other")
     page.get_by_role("button", name="Go on").click()
@@ -635,24 +916,23 @@ def test_nothing_keeps_people_from_using_it(
         assert serious == [], view
 
 
-def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
-    quick: Any, windows: Callable[..., Any]
-) -> None:
+def large(url: str, parents: Sequence[int | None], *, tip: int) -> str:
+    """Return a conversation of many messages, each after the one that `parents` names; they count from 1."""
+    moment = "2026-01-01T00:00:00+00:00"
     nodes = [
         {
             "id": number,
-            "parent": None if number == 1 else number - 1 if number % 10 else max(1, number // 3),
+            "parent": parent,
             "role": "user",
             "content": f"Message {number}",
             "token_ids": None,
             "finish_reason": None,
             "usage": None,
-            "created_at": "2026-01-01T00:00:00+00:00",
+            "created_at": moment,
             "fingerprint": None,
         }
-        for number in range(1, 2001)
+        for number, parent in enumerate(parents, 1)
     ]
-    moment = "2026-01-01T00:00:00+00:00"
     file = {
         "format": "recollect-conversation",
         "version": 1,
@@ -661,12 +941,15 @@ def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
         "created_at": moment,
         "updated_at": moment,
         "fingerprint": "",
-        "tips": {"main": 1},
+        "tips": {"main": tip},
         "nodes": nodes,
     }
-    made = api(quick.url, "/v1/conversations/import", {"file": file})["id"]
-    page = windows(f"{quick.url}#{made}")
-    page.locator(".card").first.wait_for()
+    made: str = api(url, "/v1/conversations/import", {"file": file})["id"]
+    return made
+
+
+def drawn_by_keys(page: Any) -> list[int]:
+    """Return how many elements the tree has after each of the keys that move it."""
     frame = page.get_by_role("tree")
     counts = []
     for key in ["", "ArrowDown", "ArrowRight", "End", "Home", "-", "-", "-", "-", "0", "+"]:
@@ -674,13 +957,60 @@ def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
             frame.press(key)
         page.wait_for_timeout(200)
         counts.append(page.locator(".tree-frame *").count())
-    assert max(counts) <= MOST_ELEMENTS
+    return counts
+
+
+def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    parents = [
+        None if number == 1 else number - 1 if number % 10 else max(1, number // 3)
+        for number in range(1, 2001)
+    ]
+    made = large(quick.url, parents, tip=1)
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".card").first.wait_for()
+    frame = page.get_by_role("tree")
+    assert max(drawn_by_keys(page)) <= MOST_ELEMENTS
     assert "2,000 messages" in page.locator(".head-title").inner_text()
     # What is folded is not drawn, and a dot leads to its message.
     frame.press("0")
     frame.press("Home")
     frame.press(" ")
     page.locator(".fold.folded", has_text="+1999").wait_for()
+
+
+def test_ten_thousand_messages_are_seen_before_all_are_read(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    """Counted: requests, elements, and messages of the path; the path here is some 9,900 messages long."""
+    parents = [
+        None if number == 1 else number - 1 if number % 100 else number - 2
+        for number in range(1, 10_001)
+    ]
+    made = large(quick.url, parents, tip=9999)
+    page = windows(quick.url)
+    page.locator(".live.on").wait_for()
+    read: list[str] = []
+    waiting: list[Any] = []
+    page.on("request", lambda one: read.append(one.url) if "/tree" in one.url else None)
+    page.route(re.compile("after="), lambda route: waiting.append(route))  # noqa: PLW0108 - as above
+    page.evaluate(f"location.hash = '{made}'")
+    until(
+        page, "(document.querySelector('.dots')?.getAttribute('d') ?? '').split('M').length > 1900"
+    )
+    assert "2,000 messages so far" in page.locator(".head-title").inner_text()
+    assert page.locator(".tree-frame *").count() <= MOST_ELEMENTS
+    assert (len(read), page.locator(".card").count()) == (2, 0)
+    while page.locator(".card").count() == 0:
+        while waiting:
+            waiting.pop().continue_()
+        page.wait_for_timeout(50)
+    page.locator(".card.chosen", has_text="Message 9999").wait_for()
+    assert "10,000 messages, 1 branch" in page.locator(".head-title").inner_text()
+    assert page.locator(".message").count() <= 60
+    assert max(drawn_by_keys(page)) <= MOST_ELEMENTS
+    assert len(read) == 5
 
 
 def test_the_view_glides_and_ends_where_a_person_moves_it(

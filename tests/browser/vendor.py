@@ -16,7 +16,7 @@ VENDOR = HERE.parents[1] / "src" / "recollect" / "web" / "vendor"
 
 LANGUAGES = (
     *("bash", "cpp", "diff", "go", "java", "javascript", "json", "markdown"),
-    *("python", "rust", "xml", "yaml"),
+    *("python", "rust", "sql", "xml", "yaml"),
 )
 D3 = ("dispatch", "drag", "hierarchy", "selection", "zoom")
 FILES: dict[str, dict[str, str]] = {

@@ -73,10 +73,18 @@ export async function readOlderConversations() {
   });
 }
 
-/** @typedef {{last: Promise<void>, next: Promise<void> | null}} Reads */
+/**
+ * @typedef {object} Reads Of the open conversation's tree.
+ * @property {Promise<void>} last The last one that has begun.
+ * @property {Promise<void> | null} next The one that waits for it.
+ * @property {string} [item] At which message the conversation is opened.
+ */
 
-/** Of the open conversation's tree: the last read that has begun, and the one that waits for it. @type {Reads} */
+/** @type {Reads} */
 let reads = { last: Promise.resolve(), next: null };
+
+/** How many milliseconds the last read of a whole tree took. */
+export let readMs = 0;
 
 /**
  * Read the open conversation's tree anew, and stay where one is, if that is still there.
@@ -102,6 +110,7 @@ async function readOpenTree(mine) {
   const id = state.current.value;
   const isOpen = () => reads === mine && state.current.value === id;
   if (id === null || !isOpen()) return;
+  const begun = performance.now();
   let body;
   try {
     body = await wholeTree(id, isOpen);
@@ -111,22 +120,41 @@ async function readOpenTree(mine) {
     return;
   }
   if (!isOpen()) return;
+  readMs = performance.now() - begun;
   const tree = readTree(body);
   batch(() => {
     state.tree.value = tree;
-    if (state.selected.value !== null && !tree.nodes.has(state.selected.value)) {
+    const isThere = tree.nodes.has(state.selected.value ?? "");
+    if (state.isOpening.value) {
+      state.isOpening.value = false;
+      if (!isThere) select(opensAt(tree, mine.item));
+    } else if (state.selected.value !== null && !isThere) {
       state.selected.value = tree.tips[state.branch.value] ?? tree.tips.main ?? null;
     }
   });
 }
 
 /**
+ * @param {import("./types").Tree} tree
+ * @param {string | undefined} item
+ * @returns {string | null} The message at which a conversation is opened.
+ */
+function opensAt(tree, item) {
+  const newest = tree.roots.length ? newestBelow(tree, /** @type {string} */ (tree.roots.at(-1))) : null;
+  const holder = item && [...tree.nodes.values()].find((node) => node.id === item || node.items.includes(item));
+  return holder ? holder.id : (tree.tips.main ?? newest);
+}
+
+/**
+ * Read all pages of a tree; of one that is being opened the first is shown while the others are read.
+ *
  * @param {string} id
  * @param {() => boolean} isWanted Asked before each page but the first.
- * @returns {Promise<import("./types").ApiTree>} All pages of it.
+ * @returns {Promise<import("./types").ApiTree>}
  */
 async function wholeTree(id, isWanted) {
   const first = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}`);
+  if (first.has_more && state.isOpening.value && isWanted()) state.tree.value = readTree(first);
   for (let page = first; page.has_more && page.last_id && isWanted(); ) {
     page = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}&after=${encodeURIComponent(page.last_id)}`);
     first.nodes.push(...page.nodes);
@@ -143,10 +171,11 @@ async function wholeTree(id, isWanted) {
  * @param {string} [item]
  */
 export async function open(id, item) {
-  const mine = { last: Promise.resolve(), next: null };
+  const mine = { last: Promise.resolve(), next: null, item };
   reads = mine;
   batch(() => {
     state.current.value = id;
+    state.isOpening.value = true;
     state.tree.value = EMPTY;
     state.selected.value = null;
     state.branch.value = "main";
@@ -162,11 +191,6 @@ export async function open(id, item) {
     if (reads === mine && state.current.value === id) close();
     throw error;
   }
-  if (reads !== mine || state.current.value !== id) return; // it was opened anew, or another, or is no more
-  const tree = state.tree.value;
-  const newest = tree.roots.length ? newestBelow(tree, /** @type {string} */ (tree.roots.at(-1))) : null;
-  const holder = [...tree.nodes.values()].find((node) => node.id === item || node.items.includes(item ?? ""));
-  select(holder?.id ?? tree.tips.main ?? newest);
 }
 
 /** @param {string | null} id */
@@ -217,6 +241,7 @@ export function forgetConversation(id) {
 function close() {
   batch(() => {
     state.current.value = null;
+    state.isOpening.value = false;
     state.tree.value = EMPTY;
     state.selected.value = null;
     state.panel.value = "";

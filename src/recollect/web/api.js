@@ -105,7 +105,7 @@ export async function stream(path, body, onEvent, stop) {
  *
  * @param {string} path
  * @param {string} after The id of an event, behind which it goes on; empty: from now on.
- * @param {(event: any, id: string) => void} onEvent
+ * @param {(event: any, id: string) => void} onEvent A null event only says behind which id one is.
  * @param {(isOpen: boolean) => void} onState
  * @param {AbortSignal} stop
  */
@@ -121,7 +121,7 @@ export async function listen(path, after, onEvent, onState, stop) {
       onState(true);
     },
     onmessage(message) {
-      if (message.data) onEvent(JSON.parse(message.data), message.id);
+      onEvent(message.data ? JSON.parse(message.data) : null, message.id);
     },
     onclose() {
       throw new Error("closed"); // it is asked again, after the last event that was seen

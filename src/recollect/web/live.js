@@ -6,7 +6,7 @@
 
 import { listen } from "./api.js";
 import * as state from "./state.js";
-import { attempt, forgetConversation, readConversations, readTreeAgain, select } from "./actions.js";
+import { attempt, forgetConversation, readConversations, readMs, readTreeAgain, select } from "./actions.js";
 
 /** Milliseconds in which events are gathered before what changed is read. */
 const GATHER = 200;
@@ -15,6 +15,9 @@ const GATHER_KV = 3000;
 
 /** Which reply asked for here an event's reply is: this page knows its own by the ids of responses. @type {Map<string, string>} */
 const own = new Map();
+
+/** For how many times as long as a tree takes to be read the server is then left alone with it. */
+const REST = 3;
 
 /** @type {AbortController | null} */
 let control = null;
@@ -46,7 +49,7 @@ function readOpen() {
     await readTreeAgain();
     const now = state.tree.value.tips[state.branch.value];
     if (follows && state.selected.value === before && now !== undefined && now !== before) select(now);
-  });
+  }, Math.max(GATHER, REST * readMs));
 }
 
 /**
@@ -108,7 +111,7 @@ function onEvent(event) {
       break;
     case "kv.warm":
     case "kv.evicted":
-      if (state.pending.value.size === 0 && state.current.value !== null) soon("kv", readTreeAgain, GATHER_KV);
+      if (state.pending.value.size === 0 && state.current.value !== null) soon("kv", readTreeAgain, Math.max(GATHER_KV, REST * readMs));
       break;
     case "reply.started":
       if (isHere) begin(event);
@@ -130,7 +133,6 @@ function onEvent(event) {
 
 /** The id of the last event that came. */
 let last = "";
-let hasListened = false;
 
 /**
  * Listen while the page can be seen; a server without events is shown as it is when one asks.
@@ -146,16 +148,10 @@ export function live() {
   control = new AbortController();
   listen("/v1/events", last, (event, id) => {
     last = id || last;
-    onEvent(event);
+    if (event) onEvent(event);
   }, (isOpen) => {
     state.isLive.value = isOpen;
     if (!isOpen) forget();
-    else if (hasListened && !last) {
-      // No event has come yet, behind which it could go on.
-      soon("list", readConversations);
-      readOpen();
-    }
-    hasListened ||= isOpen;
   }, control.signal).catch(() => {
     state.isLive.value = null;
   });

@@ -51,7 +51,9 @@ function Head() {
         ${one ? state.titleOf(one) : "recollect"}
       </button>
       ${id &&
-      html`<span class="hint">${counted(tree.nodes.size, "message")}, ${counted(Object.keys(tree.tips).length, "branch").replace("branchs", "branches")}</span>`}
+      html`<span class="hint">
+        ${counted(tree.nodes.size, "message")}${state.isOpening.value ? " so far" : `, ${counted(Object.keys(tree.tips).length, "branch").replace("branchs", "branches")}`}
+      </span>`}
     </div>
     <nav class="head-tools" aria-label="Views">
       ${VIEWS.map(

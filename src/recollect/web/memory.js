@@ -17,7 +17,7 @@ import { Bar, IconButton, count, counted, duration, html, size } from "./widgets
 /** @param {string | null} id */
 function nameOf(id) {
   const known = state.conversations.value.find((one) => one.id === id);
-  return known ? state.titleOf(known) : (id ?? "another key's, or none");
+  return known ? state.titleOf(known) : (id ?? "");
 }
 
 export function Memory() {
@@ -99,7 +99,7 @@ function Nexts({ nexts }) {
   return html`<section>
     <h3>What would be evicted next</h3>
     <ol class="nexts">
-      ${nexts.map((one, number) => html`<li key=${number}>${counted(one.tokens, "token")} of ${nameOf(one.conversation)}${one.branch ? `, ${one.branch}` : ""}</li>`)}
+      ${nexts.map((one, number) => html`<li key=${number}>${counted(one.tokens, "token")} ${one.conversation ? `of “${nameOf(one.conversation)}”` : "that no branch here has"}${one.branch ? `, ${one.branch}` : ""}</li>`)}
     </ol>
   </section>`;
 }

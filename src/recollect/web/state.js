@@ -23,6 +23,8 @@ export const hasMore = signal(false);
 export const current = signal(null);
 /** @type {import("@preact/signals").Signal<Tree>} */
 export const tree = signal(EMPTY);
+/** Whether not all of the open conversation has been read yet. */
+export const isOpening = signal(false);
 /** The message whose path is shown. @type {import("@preact/signals").Signal<string | null>} */
 export const selected = signal(null);
 /** Which branch goes on where several stand at the same message. */
@@ -93,9 +95,6 @@ export function useTheme(value) {
   theme.value = value;
   localStorage.setItem(THEME, value);
 }
-
-/** Whether the open conversation is still being read. */
-export const isOpening = computed(() => current.value !== null && tree.value === EMPTY);
 
 export const path = computed(() => pathTo(tree.value, selected.value));
 

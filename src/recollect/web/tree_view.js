@@ -144,7 +144,8 @@ export function TreeView() {
   const frame = useRef(/** @type {HTMLElement | null} */ (null));
   const [at, setAt] = useState(zoomIdentity);
   const sight = useRef(zoomIdentity); // at once, where `at` follows with the next drawing
-  const [room, setRoom] = useState({ width: 0, height: 0 });
+  const legend = useRef(/** @type {HTMLElement | null} */ (null));
+  const [room, setRoom] = useState({ width: 0, height: 0, open: 0 }); // `open`: of the height, above the legend
   const isMoved = useRef(false);
   const behaviour = useMemo(() => zoom().scaleExtent(SCALES).duration(0), []);
   const tree = state.tree.value;
@@ -163,7 +164,10 @@ export function TreeView() {
     behaviour.on("zoom", moved).filter((event) => !event.button && event.type !== "dblclick");
     selectElement(element).call(/** @type {any} */ (behaviour));
     const measure = new ResizeObserver(() =>
-      setRoom({ width: element.clientWidth, height: element.clientHeight }),
+      setRoom({
+        ...{ width: element.clientWidth, height: element.clientHeight },
+        open: legend.current?.offsetTop || element.clientHeight,
+      }),
     );
     measure.observe(element);
     return () => measure.disconnect();
@@ -176,7 +180,7 @@ export function TreeView() {
    */
   function lookAt(middle, scale, time = 220) {
     const element = /** @type {HTMLElement} */ (frame.current);
-    const { width, height } = room;
+    const { width, open } = room;
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const from = { ...middleOf(sight.current), scale: sight.current.k };
     glide(element, still ? 0 : time, (part) => {
@@ -185,14 +189,14 @@ export function TreeView() {
       // A scale by its logarithm, so that near and far pass equally fast.
       const now = part === 1 ? scale : from.scale * (scale / from.scale) ** part;
       const [x, y] = [between(from.x, middle.x), between(from.y, middle.y)];
-      const target = zoomIdentity.translate(width / 2 - x * now, height / 2 - y * now).scale(now);
+      const target = zoomIdentity.translate(width / 2 - x * now, open / 2 - y * now).scale(now);
       selectElement(element).call(/** @type {any} */ (behaviour.transform), target);
     });
   }
 
   /** @param {typeof zoomIdentity} sight @returns {{x: number, y: number}} What is in the middle of the view. */
   function middleOf(sight) {
-    const [x, y] = sight.invert([room.width / 2, room.height / 2]);
+    const [x, y] = sight.invert([room.width / 2, room.open / 2]);
     return { x, y };
   }
 
@@ -206,7 +210,7 @@ export function TreeView() {
   function inside(middle, box, scale) {
     /** @type {(at: number, low: number, high: number) => number} */
     const between = (at, low, high) => (low > high ? (low + high) / 2 : Math.min(Math.max(at, low), high));
-    const [x, y] = [room.width / 2 / scale - MARGIN, room.height / 2 / scale - MARGIN];
+    const [x, y] = [room.width / 2 / scale - MARGIN, room.open / 2 / scale - MARGIN];
     return {
       x: between(middle.x, box.left + x, box.right - x),
       y: between(middle.y, box.top + y, box.bottom - y),
@@ -220,7 +224,7 @@ export function TreeView() {
     const scale = Math.min(
       1,
       (room.width - 2 * MARGIN) / (box.right - box.left),
-      (room.height - 2 * MARGIN) / (box.bottom - box.top + 30),
+      (room.open - 2 * MARGIN) / (box.bottom - box.top + 30),
     );
     lookAt({ x: (box.left + box.right) / 2, y: (box.top + box.bottom) / 2 + 8 }, scale, time);
   }
@@ -233,13 +237,13 @@ export function TreeView() {
   // Until a person moves it, the view follows: the whole tree where it can be read so, and else what is chosen.
   const opened = useRef("");
   useEffect(() => {
-    if (!tree.id || room.width === 0 || places.size === 0 || chosen === null) return;
+    if (!tree.id || room.width === 0 || places.size === 0 || (chosen === null && !state.isOpening.value)) return;
     const isNew = opened.current !== tree.id;
     if (isNew) isMoved.current = false;
     opened.current = tree.id;
     if (isMoved.current) return;
     const box = extent(places.values());
-    const fits = Math.min(room.width / (box.right - box.left + 80), room.height / (box.bottom - box.top + 80));
+    const fits = Math.min(room.width / (box.right - box.left + 80), room.open / (box.bottom - box.top + 80));
     const place = places.get(chosen ?? "");
     if (fits >= 0.6 || !place) fit(isNew ? 0 : 300);
     else lookAt(inside({ x: place.x, y: place.y + CARD.height / 2 }, box, 0.85), 0.85, isNew ? 0 : 300);
@@ -252,7 +256,7 @@ export function TreeView() {
     const now = sight.current;
     const [x, y] = now.apply([place.x, place.y]);
     const half = (CARD.width / 2) * now.k;
-    const isSeen = x - half > 0 && x + half < room.width && y > 0 && y + CARD.height * now.k + 20 < room.height;
+    const isSeen = x - half > 0 && x + half < room.width && y > 0 && y + CARD.height * now.k + 20 < room.open;
     const scale = Math.max(now.k, 0.6);
     if (!isSeen) lookAt(inside({ x: place.x, y: place.y + CARD.height / 2 }, extent(places.values()), scale), scale);
   }
@@ -338,13 +342,13 @@ export function TreeView() {
         )}
       </div>
     </div>
-    ${tree.nodes.size === 0 && !state.isOpening.value && html`<p class="empty">Ask something, and the tree begins to grow.</p>`}
+    ${tree.nodes.size === 0 && !state.isOpening.value && !state.growing.value.length && html`<p class="empty">Ask something, and the tree begins to grow.</p>`}
     <div class="tree-tools">
       <${IconButton} icon="plus" label="Zoom in" onClick=${() => zoomBy(1.3)} />
       <button type="button" class="icon-button" aria-label="Zoom out" title="Zoom out" onClick=${() => zoomBy(1 / 1.3)}>−</button>
       <${IconButton} icon="fit" label="Show all" onClick=${showAll} />
     </div>
-    <p class="legend">
+    <p class="legend" ref=${legend}>
       ${Object.entries(WARMTHS).map(([kind, name]) => html`<span key=${kind}><i class=${`dot ${kind}`}></i>${name}</span>`)}
     </p>
   </section>`;
