@@ -96,6 +96,7 @@ SINCE = (
     "the last of them",
     "events on their way to clients",
     "the endpoints that only watch",
+    "conversations as they were read",
     "what going on would cost",
     "those over HTTP",
     "the contract of decoders",

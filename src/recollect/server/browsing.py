@@ -16,10 +16,10 @@ from recollect.server.conversation_view import (
     branches,
     checkpoints,
     is_checkpoint,
-    own_name,
     view_of,
 )
 from recollect.server.fields import BodyRoute
+from recollect.server.known_conversations import own_name
 from recollect.server.refusals import naming, not_found
 from recollect.server.response_object import PAGE, PageLimit, item_list
 from recollect.server.services import client_of, services_of

@@ -25,7 +25,7 @@ from recollect.conversation.costs import Costs
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import grown, to_node
+from recollect.conversation.tree import to_node
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
@@ -156,7 +156,9 @@ class StandingPlace:
     @classmethod
     def of(cls, request: Request, view: ConversationView) -> Self:
         """Return where a conversation of the client stands that a request is from."""
-        return cls(services_of(request), view, client_of(request).namespace, view.last_head())
+        services = services_of(request)
+        head = view.last_head(services.journal)
+        return cls(services, view, client_of(request).namespace, head)
 
     def model_name(self) -> str:
         """Return which model goes on there: the last one, or the default where that is not served."""
@@ -169,6 +171,12 @@ class StandingPlace:
     def tools(self) -> Tools:
         """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
         return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
+
+    def costs(self, model: Model) -> Costs:
+        """Return what finds the costs of going on in the tree with a model, as it is here."""
+        tools = self.tools().schemas
+        known = self.view.read.encodings(model, tools)
+        return Costs(model, namespace=self.namespace, tools=tools, known=known)
 
     def keep(self, checkpoint: str, model: Model) -> dict[str, Any]:
         """Pin the KV of a checkpoint here, computing what is not there; called on a thread."""
@@ -342,6 +350,7 @@ def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any
     journal_id = head.label.conversation_id
     services.journal.delete(journal_id, namespace=client_of(request).namespace)
     services.conversations.forget(journal_id)
+    services.known.forget(journal_id)
     drop_all_kv(services, journal_id, head.created_at)
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
@@ -356,12 +365,8 @@ def list_items(
 ) -> dict[str, Any]:
     """Return the messages of a conversation up to its tip."""
     view = view_of(request, conversation_id)
-    newest_first = order == "desc"
-    path = view.path()[::-1] if newest_first else view.path()
-    items = (one for node in path for one in view.items([node])[:: -1 if newest_first else 1])
-    if after is not None and all(item["id"] != after for item in items):
-        with naming("after"):
-            raise not_found(f"item {after!r} in this conversation")
+    with naming("after"):
+        items = view.items_after(after, newest_first=order == "desc")
     page = list(islice(items, limit + 1))
     return item_list(page[:limit], has_more=len(page) > limit)
 
@@ -377,9 +382,9 @@ def add_items(conversation_id: str, body: NewItems, request: Request) -> dict[st
         at = head.tips.get(branch)
         if branch not in head.tips:  # an import without a main tip
             at = view_of(request, conversation_id).tip
-        ids = set(services.journal.append(journal_id, at, _nodes(body.items), tip=branch))
+        ids = services.journal.append(journal_id, at, _nodes(body.items), tip=branch)
     view = view_of(request, conversation_id)
-    return item_list(view.items([node for node in view.stored.nodes if node.id in ids]))
+    return item_list(view.items([view.read.node(one) for one in ids]))
 
 
 @router.get("/v1/conversations/{conversation_id}/items/{item_id}")
@@ -481,8 +486,7 @@ def _tree(
         shown = view.nodes_after(after, limit)
     if model is None or model.replicas():
         return view.tree(shown, {}, None)
-    _, nodes = grown(view.stored.nodes)
-    costs = Costs(model, namespace=place.namespace, tools=place.tools().schemas)
+    nodes, costs = view.read.tree, place.costs(model)
     tips = [nodes[tip] for tip in (view.tip, *view.stored.tips.values())]
     found = costs.of([nodes[one.id] for one in shown], first=tips)
     by_id = {one.id: found[nodes[one.id]] for one in shown}
@@ -498,7 +502,7 @@ def _nodes(items: list[InputItem]) -> list[NewNode]:
 
 
 def _node(view: ConversationView, node_id: int) -> NodeRecord:
-    return next(node for node in view.stored.nodes if node.id == node_id)
+    return view.read.node(node_id)
 
 
 def _require_whole(view: ConversationView, node: NodeRecord, item_id: str) -> None:

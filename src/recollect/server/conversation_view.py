@@ -8,7 +8,7 @@ node, so going on from any of them is a fork, whose shared part is found by its 
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -25,7 +25,6 @@ from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
 from recollect.conversation.turn import ANSWERED
 from recollect.encryption import KV_PURPOSE
 from recollect.errors import StoreError
-from recollect.journal.changes import item_name, response_item
 from recollect.journal.journal import Journal
 from recollect.journal.records import (
     DEFAULT_TIP,
@@ -38,9 +37,10 @@ from recollect.journal.records import (
 )
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.server.hub import OpenConversations
+from recollect.server.known_conversations import ReadConversation
 from recollect.server.refusals import ApiError, naming, not_found, quoted
 from recollect.server.response_object import ResponseHead, items_of
-from recollect.server.services import client_of, services_of
+from recollect.server.services import Services, client_of, services_of
 from recollect.server.settings import Settings
 from recollect.server.usage import recorded
 from recollect.types import Message
@@ -334,39 +334,27 @@ class ConversationView:
 
     id: str
     """As the client said it: with the branch where it is not the main one."""
+    read: ReadConversation
+    """As the journal has it; its tips may have been moved since."""
     stored: StoredConversation
+    """The same, with its tips as they are now."""
     branch: str
     label: Label
-    responses: dict[int, Label]
-    """The labels of those nodes that are responses, by node."""
-    names: dict[int, str]
-    """Of all nodes, each its own."""
     copies: dict[int, int]
     """Nodes that are the same message as others, which were there before an item was deleted."""
 
     @classmethod
-    def load(cls, journal: Journal, conversation_id: str, namespace: str) -> Self:
+    def load(cls, services: Services, conversation_id: str, namespace: str) -> Self:
         """
         Return a conversation of a client.
 
         Raises:
             ApiError: There is none of that id, for this client.
         """
-        head = ConversationHead.load(journal, conversation_id, namespace)
+        head = ConversationHead.load(services.journal, conversation_id, namespace)
         label = head.label
-        stored = journal.load(label.conversation_id, namespace=namespace)
-        responses = {
-            one.node_id: one
-            for one in journal.labels(label.conversation_id)
-            if one.node_id is not None
-        }
-        response_ids = {node_id: one.name for node_id, one in responses.items()}
-        names = {
-            node.id: own_name(label.name, number, response_ids.get(node.id))
-            for number, node in enumerate(stored.nodes, 1)
-        }
-        copies = copies_of(label)
-        return cls(conversation_id, stored, head.branch, label, responses, names, copies)
+        read = services.known.read(services.journal, label.conversation_id, label.name, namespace)
+        return cls(conversation_id, read, read.stored, head.branch, label, copies_of(label))
 
     @property
     def tip(self) -> int | None:
@@ -395,13 +383,14 @@ class ConversationView:
 
     def path(self) -> list[NodeRecord]:
         """Return the messages up to the tip."""
-        return self.stored.path(self.tip)
+        return self.read.path(self.tip)
 
-    def last_head(self) -> ResponseHead | None:
+    def last_head(self, journal: Journal) -> ResponseHead | None:
         """Return what is known of the last response on the way to where the conversation stands."""
         for node in reversed(self.path()):
-            label = self.responses.get(self.first(node.id))
-            if label is not None and "head" in label.note:
+            name = self.read.responses.get(self.first(node.id))
+            label = name and journal.find_label(name, namespace=self.stored.namespace)
+            if label and "head" in label.note:
                 return ResponseHead.from_kept(label.name, label.note["head"])
         return None
 
@@ -411,7 +400,7 @@ class ConversationView:
 
     def item_id(self, node_id: int) -> str:
         """Return the id of an item: a message keeps its own on whatever path it is."""
-        return self.names[self.first(node_id)]
+        return self.read.names[self.first(node_id)]
 
     def node_id(self, name: str) -> int:
         """
@@ -420,16 +409,14 @@ class ConversationView:
         Raises:
             ApiError: It is not of this conversation.
         """
-        by_name = {one.name: node_id for node_id, one in self.responses.items()}
-        for node in self.stored.nodes:
-            own = self.names[node.id]
-            by_name |= {item["id"]: node.id for item in items_of(own, node)} | {own: node.id}
-        for node in self.path():
-            by_name |= {item["id"]: node.id for item in self.items([node])}
-            by_name[self.item_id(node.id)] = node.id
-        if name not in by_name:
+        for node in reversed(self.path() if self.copies else []):
+            if node.id in self.copies:
+                items = (item["id"] for item in self.items([node]))
+                if name == self.item_id(node.id) or name in items:
+                    return node.id
+        if name not in self.read.by_name:
             raise not_found(f"item {name!r} in this conversation")
-        return by_name[name]
+        return self.read.by_name[name]
 
     def checkpoint(self, name: str) -> int | None:
         """
@@ -447,6 +434,29 @@ class ConversationView:
         """Return messages as items."""
         return [item for node in nodes for item in items_of(self.item_id(node.id), node)]
 
+    def items_after(
+        self, name: str | None, *, newest_first: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """
+        Return the items of the messages up to the tip, each made when it is asked for.
+
+        Args:
+            name: The id of the item that they come after; None: all.
+            newest_first: Whether to begin at the tip.
+
+        Raises:
+            ApiError: No message up to the tip has an item of that id.
+        """
+        step = -1 if newest_first else 1
+        path = self.path()[::step]
+        if name is not None:
+            last = self.read.node(self.node_id(name))
+            path = path[path.index(last) :] if last in path else []
+        items = (item for node in path for item in self.items([node])[::step])
+        if name is not None and all(item["id"] != name for item in items):
+            raise not_found(f"item {name!r} in this conversation")
+        return items
+
     def nodes_after(self, name: str | None, limit: int) -> Sequence[NodeRecord]:
         """
         Return a page of all messages, parents first.
@@ -460,8 +470,9 @@ class ConversationView:
         """
         start = 0
         if name is not None:
-            last = self.node_id(name)
-            start = 1 + next(n for n, node in enumerate(self.stored.nodes) if node.id == last)
+            # By its own name: on this branch, the message may have a copy much further down.
+            last = self.read.by_name.get(name)
+            start = 1 + self.read.numbers[self.node_id(name) if last is None else last]
         return self.stored.nodes[start : start + limit]
 
     def tree(
@@ -480,11 +491,11 @@ class ConversationView:
         tips = {name: at for name, at in self.stored.tips.items() if at in here}
         nodes = [
             {
-                "id": self.names[node.id],
+                "id": self.read.names[node.id],
                 "role": node.role,
                 "items": self.items([node]),
-                "parent_id": None if node.parent_id is None else self.names[node.parent_id],
-                "response_id": self.responses[node.id].name if node.id in self.responses else None,
+                "parent_id": None if node.parent_id is None else self.read.names[node.parent_id],
+                "response_id": self.read.responses.get(node.id),
                 "created_at": int(node.created_at.timestamp()),
                 "finish_reason": node.finish_reason,
                 "usage": None if node.usage is None else recorded(node.usage).to_dict(),
@@ -508,7 +519,7 @@ class ConversationView:
     def named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
         """Return at which nodes branches or checkpoints stand, by the nodes' ids; None is the root."""
         return {
-            name: None if node_id is None else self.names[node_id]
+            name: None if node_id is None else self.read.names[node_id]
             for name, node_id in places.items()
         }
 
@@ -516,8 +527,8 @@ class ConversationView:
 class KnownItems:
     """The items of one client by the ids that it was given. Used by one request."""
 
-    def __init__(self, journal: Journal, namespace: str) -> None:
-        self._journal = journal
+    def __init__(self, services: Services, namespace: str) -> None:
+        self._services = services
         self._namespace = namespace
         self._found: dict[str, dict[str, Any]] = {}
 
@@ -542,10 +553,10 @@ class KnownItems:
         return self._found[item_id]
 
     def _of_response(self, name: str) -> dict[str, dict[str, Any]]:
-        label = self._journal.find_label(f"resp_{name}", namespace=self._namespace)
+        label = self._services.journal.find_label(f"resp_{name}", namespace=self._namespace)
         if label is None or label.node_id is None:
             return {}
-        stored = self._journal.load(label.conversation_id, namespace=self._namespace)
+        stored = self._services.journal.load(label.conversation_id, namespace=self._namespace)
         *before, reply = stored.path(label.node_id)
         asked = before[bool(label.note.get(HAS_INSTRUCTIONS)) :]
         items = items_of(f"msg_{name}", reply)
@@ -555,7 +566,7 @@ class KnownItems:
 
     def _of_conversation(self, name: str) -> dict[str, dict[str, Any]]:
         try:
-            view = ConversationView.load(self._journal, f"conv_{name}", self._namespace)
+            view = ConversationView.load(self._services, f"conv_{name}", self._namespace)
         except ApiError:
             return {}
         return {item["id"]: item for item in view.items(view.stored.nodes)}
@@ -579,18 +590,6 @@ def let_go(settings: Settings, drop: Callable[[DiskStore], object]) -> None:
     except StoreError as error:
         # The names are gone from the journal, so the rest takes room and means nothing to anybody.
         _log.warning("what was kept of a deleted checkpoint still takes room on disk: %s", error)
-
-
-def own_name(conversation: str, number: int, response: str | None) -> str:
-    """
-    Return the id of a message's node.
-
-    Args:
-        conversation: The label of its conversation.
-        number: Which message of the conversation it is, in the order of writing; the first is 1.
-        response: The id of the response that it is; None: it is none.
-    """
-    return item_name(conversation, number) if response is None else response_item(response)
 
 
 def conversation_body(
@@ -644,5 +643,6 @@ def view_of(request: Request, conversation_id: str) -> ConversationView:
     Raises:
         ApiError: There is none of that id, for this client.
     """
-    journal = services_of(request).journal
-    return ConversationView.load(journal, conversation_id, client_of(request).namespace)
+    return ConversationView.load(
+        services_of(request), conversation_id, client_of(request).namespace
+    )

@@ -20,7 +20,6 @@ from recollect.conversation.explore import Exploration
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
-from recollect.journal.changes import item_name
 from recollect.server.conversation_routes import StandingPlace
 from recollect.server.conversation_view import (
     ConversationView,
@@ -222,10 +221,12 @@ class _Trial:
         for branch in self.exploration.branches:
             if branch.reply is reply and branch.node is not None:
                 saved = self.exploration.conversation.saved_id(branch.node)
-                view = self.place.view
-                kept = self.place.services.journal.node_ids(view.stored.id)
-                if saved in kept:  # else the conversation was deleted meanwhile
-                    self.items[branch.index] = item_name(view.label.name, kept.index(saved) + 1)
+                if saved is None:
+                    continue
+                place = self.place
+                _, names = place.services.journal.names(place.view.stored.id, [saved])
+                if saved in names:  # else the conversation was deleted meanwhile
+                    self.items[branch.index] = names[saved]
 
 
 class _Told(EventWriter):

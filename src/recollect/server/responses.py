@@ -244,7 +244,7 @@ class _Asked:
         self.at = model, place
         overflow: Overflow = "drop_oldest" if body.truncation == "auto" else "error"
         offered = body.offer()
-        items = KnownItems(self.services.journal, self.namespace)
+        items = KnownItems(self.services, self.namespace)
         said = model.template.with_thoughts(body.messages(items.find))
         if said:
             check_last(said, "input")
@@ -346,6 +346,7 @@ def delete_response(response_id: str, request: Request) -> dict[str, Any]:
         info = services.journal.info(label.conversation_id)
         services.journal.delete(info.id, namespace=namespace)
         services.conversations.forget(info.id)
+        services.known.forget(info.id)
         drop_all_kv(services, info.id, info.created_at)
     return {"id": response_id, "object": "response", "deleted": True}
 

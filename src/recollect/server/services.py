@@ -38,6 +38,7 @@ from recollect.server.access import CLIENT, Client
 from recollect.server.events import Call, Ended, Event, Failed, Piece, Progress, Thought, Writer
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
 from recollect.server.kept_chats import KeptChats
+from recollect.server.known_conversations import KnownConversations
 from recollect.server.refusals import ClientGone, api_error, stopping
 from recollect.server.settings import Settings
 from recollect.server.streaming import Watchers
@@ -68,6 +69,7 @@ class Services:
     feed: Feed
     watchers: Watchers
     conversations: OpenConversations = field(default_factory=OpenConversations)
+    known: KnownConversations = field(default_factory=KnownConversations)
     started_at: int = field(default_factory=lambda: int(time()))
     """In seconds since 1970."""
     items_lock: threading.Lock = field(default_factory=threading.Lock)

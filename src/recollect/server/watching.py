@@ -11,9 +11,8 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from recollect.conversation.costs import Costs, GoingOn
+from recollect.conversation.costs import GoingOn
 from recollect.conversation.model import Model
-from recollect.conversation.tree import grown
 from recollect.errors import UnknownConversationError
 from recollect.kv.blocks import CachedBlock
 from recollect.server.conversation_routes import StandingPlace
@@ -106,13 +105,14 @@ def _kv(
     request: Request, models: Mapping[str, Model], limit: int, after: str | None
 ) -> dict[str, Any]:
     services, namespace = services_of(request), client_of(request).namespace
-    journal = services.journal
     page = conversations_after(request, after, limit + 1)
     holders: dict[CachedBlock, dict[str, str]] = {}
     data = []
     for info in page[:limit]:
         try:
-            place = StandingPlace.of(request, ConversationView.load(journal, info.label, namespace))
+            place = StandingPlace.of(
+                request, ConversationView.load(services, info.label, namespace)
+            )
         except (ApiError, UnknownConversationError):  # deleted since
             continue
         name = place.model_name()
@@ -150,9 +150,8 @@ def _held(
 ) -> dict[str, dict[str, Any]]:
     """Return what each branch has, and note whose the blocks are."""
     view = place.view
-    _, nodes = grown(view.stored.nodes)
-    tips = {name: nodes[at] for name, at in branches(view.stored.tips).items()}
-    costs = Costs(model, namespace=place.namespace, tools=place.tools().schemas)
+    tips = {name: view.read.tree[at] for name, at in branches(view.stored.tips).items()}
+    costs = place.costs(model)
     found = costs.of(list(tips.values()))
     for name, tip in tips.items():
         for block in costs.blocks(tip):

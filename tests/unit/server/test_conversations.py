@@ -1,5 +1,6 @@
 """Kept conversations over HTTP: items, rewind, fork, checkpoint, tree."""
 
+import sqlite3
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from recollect.conversation.prompt import PromptEncoder
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import Entry, NewNode
+from recollect.text.tokenizer import Shown
 
 Json = dict[str, Any]
 PATH = "/v1/conversations"
@@ -270,6 +273,116 @@ def pages(
         if not page["has_more"]:
             return found
         after = {"after": page["last_id"]}
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Return what tells how many thousands of steps SQLite's machine has made since it was asked before."""
+    taken = 0
+
+    def count() -> int:
+        nonlocal taken
+        taken += 1
+        return 0
+
+    connect = sqlite3.connect
+
+    def counted(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*args, **options)
+        connection.set_progress_handler(count, 1000)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", counted)
+
+    def since() -> int:
+        nonlocal taken
+        before, taken = taken, 0
+        return before
+
+    return since
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Return what tells how many pieces of conversations were encoded since it was asked before."""
+    taken = 0
+    ids = PromptEncoder.ids
+
+    def counted(self: PromptEncoder, part: Shown) -> list[int]:
+        nonlocal taken
+        taken += 1
+        return ids(self, part)
+
+    monkeypatch.setattr(PromptEncoder, "ids", counted)
+
+    def since() -> int:
+        nonlocal taken
+        before, taken = taken, 0
+        return before
+
+    return since
+
+
+def write_many(home: Path, conversation: str, count: int) -> None:
+    """Have another process's journal go on with a conversation, by that many messages in a row."""
+    with Journal.open(home / JOURNAL_NAME) as journal:
+        label = journal.find_label(conversation)
+        assert label is not None
+        at = journal.tips(label.conversation_id)["main"]
+        nodes = [NewNode(role="user", content=f"message {n}") for n in range(count)]
+        journal.write(label.conversation_id, Entry(nodes=nodes, parent_id=at, tip="main"))
+
+
+@pytest.mark.parametrize("what", ["tree", "items"])
+def test_a_page_costs_what_is_on_it_however_large_the_conversation(
+    client: httpx.Client,
+    post: Callable[..., Json],
+    tmp_path: Path,
+    steps: Callable[[], int],
+    encoded: Callable[[], int],
+    what: str,
+) -> None:
+    """Rows are read with the first page alone, or with the page after a change, and encoded likewise."""
+    conversation = post(client, PATH, {"items": [{"role": "user", "content": "first"}]})["id"]
+    write_many(tmp_path / "home", conversation, 4_000)
+    address, key = f"{PATH}/{conversation}/{what}", "nodes" if what == "tree" else "data"
+    costs, names, last = [], set[str](), None
+    steps(), encoded()
+    for _ in range(10):
+        params = {"limit": 50} if last is None else {"limit": 50, "after": last}
+        page = client.get(address, params=params).json()
+        names |= {one["id"] for one in page[key]}
+        last = page["last_id"]
+        costs.append((steps(), encoded()))
+    assert len(names) == 500
+    (whole, _), *rest = costs
+    assert whole > 40
+    for read, pieces in rest:
+        assert read <= 4
+        assert pieces <= 4 * 50
+    post(client, address.replace(what, "items"), {"items": [{"role": "user", "content": "last"}]})
+    tree = client.get(f"{PATH}/{conversation}/tree", params={"after": last, "limit": 2000}).json()
+    assert steps() > 40
+    newest = client.get(f"{PATH}/{conversation}/items", params={"limit": 1}).json()["data"]
+    assert newest[0]["content"][0]["text"] == "last"
+    assert tree["has_more"] == (what == "tree")  # items come the newest first
+    assert client.delete(f"{PATH}/{conversation}").is_success
+    assert client.get(address).status_code == 404
+
+
+def test_pages_of_a_tree_go_on_after_a_message_that_was_said_again(
+    client: httpx.Client, post: Callable[..., Json]
+) -> None:
+    """After an item was deleted, those after it are on the branch as copies, much further down."""
+    items = [{"role": "user", "content": f"message {n}"} for n in range(8)]
+    conversation = post(client, PATH, {"items": items})["id"]
+    address = f"{PATH}/{conversation}"
+    whole = client.get(f"{address}/tree").json()["nodes"]
+    assert client.delete(f"{address}/items/{whole[1]['id']}").is_success
+    whole = client.get(f"{address}/tree").json()["nodes"]
+    assert len(whole) == 14
+    by_pages = pages(client, f"{address}/tree", 3, "nodes")
+    assert [node["id"] for node in by_pages] == [node["id"] for node in whole]
 
 
 def test_every_list_of_ten_thousand_comes_in_pages(
