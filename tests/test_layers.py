@@ -111,6 +111,7 @@ SINCE = (
     "proving reuse elsewhere",
     "marks of reasoning, found from a template",
     "what is said of that",
+    "what the prefix cache took up and evicted, in numbers",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

@@ -56,6 +56,10 @@ Role = Literal["system", "user", "assistant", "tool"]
 Profile = Literal["exact", "fast", "small"]
 """Precision of computing and of KV: f32 throughout, f16 KV, or u8 KV; see ARCHITECTURE.md."""
 
+Parts = Literal["cut", "whole", "none"]
+"""What of a computed block can be reused besides all of a full one: the beginning of any, all of one that is
+not full, or nothing."""
+
 RuntimeChoice = Literal["auto", "openvino", "llama"]
 """What runs a GGUF file: OpenVINO, llama.cpp, or the one of the two that suits file and machine."""
 

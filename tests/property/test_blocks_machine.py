@@ -48,7 +48,7 @@ class BlockMachine(RuleBasedStateMachine):
         start = max(0, len(dumb.slots) - back)
         end = start + count
         before, free = list(dumb.table.blocks), self.pool.free_blocks
-        planned = dumb.table.plan_write(start, end).new_blocks
+        planned = dumb.table.blocks_to_allocate(start, end)
         try:
             copies = dumb.table.prepare_write(start, end)
         except OutOfBlocksError as refused:

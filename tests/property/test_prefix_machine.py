@@ -71,7 +71,7 @@ class PrefixMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, SIZE)
         self.cache = PrefixCache(
-            self.pool, Names("fingerprint"), whole_blocks_only=self.whole_blocks_only
+            self.pool, Names("fingerprint"), "none" if self.whole_blocks_only else "cut"
         )
         reuse = Reuse(unit=SIZE if self.whole_blocks_only else 1)
         info = RuntimeInfo("simulated", SIZE, SIZE, VOCAB, CONTEXT, reuse=reuse)
@@ -267,12 +267,12 @@ class PrefixMachine(RuleBasedStateMachine):
 
     def _make_room(self, dumb: Dumb, start: int) -> bool:
         """Evict as the engine does; return whether there is room now."""
-        plan = dumb.sequence.plan_write(start, len(dumb.ids))
-        short = plan.new_blocks - self.pool.free_blocks
+        needed = dumb.sequence.blocks_to_allocate(start, len(dumb.ids))
+        short = needed - self.pool.free_blocks
         if short > 0 and self.cache.evict(short) < short and dumb.sequence.take_back(start):
-            plan = dumb.sequence.plan_write(start, len(dumb.ids))
+            needed = dumb.sequence.blocks_to_allocate(start, len(dumb.ids))
         self._forget_what_is_gone()
-        return plan.new_blocks <= self.pool.free_blocks
+        return needed <= self.pool.free_blocks
 
     def _compute(self, dumb: Dumb, start: int, fails: bool) -> None:
         copies = dumb.sequence.prepare_write(start, len(dumb.ids))
@@ -473,11 +473,16 @@ def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
 def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:
     """Blocks are taken for the same where their first tokens are."""
 
-    def careless(self: Siblings, ids: Ids) -> CachedBlock | None:
-        alike = (c for c in self.values() if c.token_ids[: len(ids) - 1] == ids[:-1])
-        return next((c for c in alike if len(c.token_ids) == len(ids)), None)
+    insert = PrefixCache.insert
 
-    patch.setattr(Siblings, "beginning_with", careless)
+    def careless(
+        self: PrefixCache, after: CachedBlock, ids: Sequence[int], block: int
+    ) -> CachedBlock:
+        alike = (c for c in after.children.values() if c.token_ids[:-1] == tuple(ids[:-1]))
+        wrong = next((c for c in alike if len(c.token_ids) == len(ids)), None)
+        return insert(self, after, ids, block) if wrong is None else wrong
+
+    patch.setattr(PrefixCache, "insert", careless)
 
 
 def _match_a_token_too_many(patch: pytest.MonkeyPatch) -> None:

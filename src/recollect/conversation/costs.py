@@ -18,7 +18,6 @@ from recollect.conversation.prompt import ToolSchemas
 from recollect.conversation.tree import Node
 from recollect.conversation.turn import ANSWERED, ModelParts
 from recollect.engine.engine import Engine
-from recollect.engine.sequence import warm_tokens
 from recollect.engine.tier import Rates
 from recollect.errors import StoreError, TemplateError
 from recollect.kv.blocks import PUBLIC, CachedBlock
@@ -140,11 +139,11 @@ class Walks:
                 own, public = next_own, next_public
                 last = own or last
                 assert key is not None, "what is in memory has a name"
-                key = own.key if own is not None else self._cache.name_after(key, block)
+                key = own.key if own is not None else self._cache.names.after(key, block)
                 in_memory, start = in_memory + size, start + size
         while key is not None and start + size <= len(rest):
             self._work.blocks += 1
-            after = self._cache.name_after(key, rest[start : start + size])
+            after = self._cache.names.after(key, rest[start : start + size])
             if self._is_stored(after):
                 key, own, public = after, None, None
                 on_disk, start = on_disk + size, start + size
@@ -263,7 +262,7 @@ class Costs:
         self._render = model.template.render
         self._known = Encodings(model, tools) if known is None else known
         self._walks = Walks(model.engine, namespace, self.work)
-        self._rates = model.engine.rates()
+        self._rates = model.engine.speed.rates
         self._states: dict[Node, _State] = {}
 
     def of(self, nodes: Sequence[Node], *, first: Sequence[Node] = ()) -> dict[Node, GoingOn]:
@@ -328,7 +327,7 @@ class Costs:
 
     def _cost(self, here: Walk, there: Walk) -> GoingOn:
         in_memory, on_disk = self._walks.known(there)
-        needed = warm_tokens(here.length, self._engine.info.reuse.unit)
+        needed = self._engine.info.reuse.warm_tokens(here.length)
         if here.length == 0 or in_memory >= needed:
             warmth: Warmth = "memory" if here.length else "none"
         else:

@@ -27,7 +27,7 @@ from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import RecollectError
 from recollect.journal.changes import Change, NamesOf
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv.blocks import Traffic
+from recollect.kv.accounts import Traffic
 from recollect.text.reasoning import Begun, ReasoningDelta, ReplyReader
 from recollect.text.tool_calls import CallRules, TextDelta
 
@@ -458,7 +458,7 @@ class Feed:
                 self._engines.pop(name, None)
                 continue
             for namespace in namespaces:
-                traffic = engine.cache.traffic(namespace)
+                traffic = engine.cache.accounts.traffic(namespace)
                 now = traffic.inserted_tokens, traffic.evicted_tokens
                 before = self._seen.get((name, namespace), (0, 0))
                 self._seen[name, namespace] = now

@@ -31,7 +31,6 @@ from recollect.engine.grammar import Grammars
 from recollect.engine.reply import GeneratedReply
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.engine.sequence import warm_tokens
 from recollect.errors import (
     ContextFullError,
     ConversationError,
@@ -40,6 +39,7 @@ from recollect.errors import (
 )
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
+from recollect.runtime.base import Reuse
 from recollect.text.reasoning import NO_REASONING, Begun, ReasoningWatch
 from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.template import ChatTemplate
@@ -81,8 +81,8 @@ class Expectation:
     """What is known before a turn runs about the KV that it should reuse."""
 
     prompt: Prompt
-    block_size: int
-    """Tokens in the smallest unit that the runtime can reuse: a block, or 1."""
+    reuse: Reuse
+    """What of it the runtime can reuse at all."""
     change: Change | None = None
     """The first message that differs from an earlier conversation; None: none does."""
     tools_change: str | None = None
@@ -104,9 +104,7 @@ def _reason(usage: Usage, expected: Expectation) -> tuple[Reason, str | None, in
     """
     prompt, change = expected.prompt, expected.change
 
-    def warm(length: int) -> int:
-        return warm_tokens(length, expected.block_size)
-
+    warm = expected.reuse.warm_tokens
     there = usage.reused_tokens + usage.read_ahead_tokens
     later = [shown.start for shown in prompt.rewritten if shown.start > usage.reused_tokens]
     known = warm(min([prompt.generated_length, *later]))
@@ -316,7 +314,7 @@ class Prompting:
         generator = generator_of(
             self._engine, sequence, params, tools, model.grammars, reasoning, form
         )
-        expected = Expectation(asked.prompt, self._engine.info.reuse.unit, *differs)
+        expected = Expectation(asked.prompt, self._engine.info.reuse, *differs)
         return Prepared(Turn(asked, said, before, tools, expected, form), generator, rules, begun)
 
     def _branch_point(self, asked: Asking, said: str | None, tools: Tools) -> int:

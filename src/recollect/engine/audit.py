@@ -13,8 +13,9 @@ from collections.abc import Sequence as Several
 
 from recollect.engine.scheduler import MOST_CREDIT, MOST_SPARE, Scheduler
 from recollect.engine.sequence import Memory, Sequence
+from recollect.kv.accounts import MOST_EVICTED_NAMES
 from recollect.kv.blocks import BlockPool, CachedBlock, EvictionOrder, Siblings, blocks_for
-from recollect.kv.prefix import MOST_EVICTED_NAMES, PrefixCache
+from recollect.kv.prefix import PrefixCache
 
 
 def check_memory(memory: Memory, leased: Several[int]) -> None:
@@ -77,11 +78,18 @@ def check_cache(cache: PrefixCache) -> None:
             same = prefixes.setdefault(cached.block, prefix) == prefix
             assert same, "a block stands for two prefixes"
         _check_node(cache, cached)
-    assert len(cache._evicted) <= MOST_EVICTED_NAMES, "too many names are remembered"
+    tokens = Counter[str]()
+    for cached in nodes:
+        tokens[cached.namespace] += len(cached.token_ids)
+    counted_tokens = {name: each.tokens for name, each in cache.accounts._traffic.items()}
+    assert counted_tokens == dict.fromkeys(counted_tokens, 0) | tokens, "tokens are counted wrong"
+    assert len(cache.accounts._evicted) <= MOST_EVICTED_NAMES, "too many names are remembered"
     for node in (*cache._roots.values(), *nodes):
         check_siblings(node.children)
     cache.settle()
-    _check_order(cache._order, nodes, {one for one in nodes if not cache.is_evictable(one)})
+    references = {one: cache._pool.references(one.block) for one in nodes}
+    held = {one for one in nodes if one.pins or references[one] > len(cache._nodes[one.block])}
+    _check_order(cache._order, nodes, held)
 
 
 def check_sequence(sequence: Sequence) -> None:
@@ -117,12 +125,12 @@ def _check_node(cache: PrefixCache, cached: CachedBlock) -> None:
     assert parent is not None, "a root is in the tree"
     assert cache._pool.references(cached.block) >= 1, "a free block is in the tree"
     assert cached.in_tree, "a block is under other tokens"
-    key = cache._names.after(parent.key, cached.token_ids)
+    key = cache.names.after(parent.key, cached.token_ids)
     assert cached.key == key, "a key is wrong"
     full = len(cached.token_ids) == cache._pool.block_size
     assert full or not cached.children, "something follows a block that is not full"
-    covered = parent.children.longer_than(cached.token_ids) is not None
-    assert cached.pins or cache.whole_tails or not covered, "a part is there twice"
+    covered = parent.children.cover(cached.token_ids)
+    assert cached.pins or cache.parts == "whole" or not covered, "a part is there twice"
     most = max((child.pins for child in cached.children.values()), default=0)
     assert most <= cached.pins, "a block has fewer pins than one that follows it"
     pinned = cache._pinned.get(parent, Siblings()).get(cached.token_ids)
@@ -155,4 +163,4 @@ def _check_order(
         is_offered = times.get(cached, cached.last_used + 1) <= cached.last_used
         assert is_offered or not cached.can_go, "an evictable leaf is not in the heap"
     blocks = Counter(cached.block for cached in staying)
-    assert order._staying == blocks, "wrong count of staying blocks"
+    assert order.staying == blocks, "wrong count of staying blocks"

@@ -18,7 +18,7 @@ from typing import Final
 from recollect.engine.audit import check_memory, check_scheduler
 from recollect.engine.scheduler import Chunks, Room, Scheduler, Task
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
-from recollect.engine.tier import ComputePace, DiskTier, Rates
+from recollect.engine.tier import DiskTier, Speed
 from recollect.errors import MisuseError, RuntimeFailure
 from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore
@@ -63,25 +63,14 @@ class Engine:
         self.pool = BlockPool(num_blocks, info.block_size)
         secrets = () if store is None else (store.root_secret, store.chain_secret)
         names = Names(identity.text(), *secrets)
-        self.cache = PrefixCache(
-            self.pool,
-            names,
-            whole_blocks_only=not info.reuse.inside_blocks,
-            whole_tails=info.reuse.whole_tails,
-        )
+        self.cache = PrefixCache(self.pool, names, info.reuse.parts)
         self.memory = Memory(info, self.pool, self.cache)
         self.lock = self.memory.lock
         """Held while block tables, pool and cache change."""
-        self._pace = ComputePace()
-        self.tier: DiskTier | None = None
+        self.speed: Final = Speed()
+        """What computing and reading from disk cost, as measured here."""
+        self.tier = DiskTier.over(store, identity, runtime, self.memory, self.speed)
         """The tier below memory; None: there is none."""
-        if store is not None and not info.reuse.as_bytes:
-            store.close()
-        elif store is not None:
-            self.tier = DiskTier(
-                store, identity, runtime, self.pool, self.cache, self.lock, self._pace
-            )
-            self.cache.on_new = self.tier.writer.note
         self.computed_tokens = 0
         """Tokens fed so far, counted at the forward pass."""
         self.forward_passes = 0
@@ -96,8 +85,7 @@ class Engine:
         self._bug: BaseException | None = None
         # A thread in a forward pass when the interpreter ends would abort the process, and whoever
         # waits for its task would wait for ever.
-        self._at_exit = partial(_close_if_alive, weakref.ref(self))
-        atexit.register(self._at_exit)
+        self._at_exit = atexit.register(partial(_close_if_alive, weakref.ref(self)))
 
     def tasks(self) -> list[Task]:
         """Return the tasks that run or wait."""
@@ -131,10 +119,6 @@ class Engine:
             return self.tier.stored_tokens(match, root, token_ids)
         return match.tokens
 
-    def rates(self) -> Rates:
-        """Return what computing a token and reading a block from disk cost, as measured here."""
-        return Rates(None, self._pace.s_per_token) if self.tier is None else self.tier.rates
-
     def forget(self) -> int:
         """Evict all KV that no sequence holds and nobody pinned; return how many blocks."""
         with self.lock:
@@ -162,9 +146,7 @@ class Engine:
         with self._work:
             self._require_open()
             if task.sequence.memory is not self.memory:
-                raise MisuseError(
-                    "a sequence is computed by the engine that made it, and by no other"
-                )
+                raise MisuseError("a sequence is computed by no engine but the one that made it")
             if any(other.sequence is task.sequence for other in self._scheduler.tasks()):
                 raise MisuseError("this sequence is being worked on already")
             task.restoring = self.tier is not None
@@ -182,7 +164,7 @@ class Engine:
             RuntimeFailure: A pass failed. What was computed before it is kept, and nothing else.
             MisuseError: The engine is closed, or was meanwhile.
         """
-        lacking = [one for one in dict.fromkeys(sequences) if one.plan() is not None]
+        lacking = [one for one in dict.fromkeys(sequences) if one.logits is None]
         if lacking and threading.current_thread() is self._thread:
             raise MisuseError("a task's callback cannot wait for another forward pass")
         tasks = [Task(sequence, lambda: False) for sequence in lacking]
@@ -274,10 +256,9 @@ class Engine:
             with self._work:
                 self._bug, self._passing = bug, False
                 self._warm.set()
+                error = RuntimeFailure(f"The engine met a bug: {bug!r}")
                 for task in self._scheduler.tasks():
-                    self._scheduler.end(
-                        task, "failed", RuntimeFailure(f"The engine met a bug: {bug!r}")
-                    )
+                    self._scheduler.end(task, "failed", error)
                 self._work.notify_all()
             raise
 
@@ -293,10 +274,9 @@ class Engine:
                     return False
             self._tell_tier(works=True)
             self._scheduler.admit(self._room.fits)
-            running = list(self._scheduler.running)
             self._passing = True
         if self.tier is not None:
-            self.tier.restore_for(running)
+            self.tier.restore_for(self._scheduler.running)
         with self._work:
             chunks, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
@@ -344,15 +324,14 @@ class Engine:
             chunks: What to feed. Where a chunk had to begin earlier, its entry is replaced.
             copies: Blocks to copy first, `(source, target)` each.
         """
+        copied = not copies
         try:
-            if copies:
+            if not copied:
                 self.runtime.copy_blocks(copies)
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
-            return dict.fromkeys(chunks, error)
-        try:
+                copied = True
             return self._forward(chunks)
-        except Exception as error:  # noqa: BLE001 - likewise
-            if len(chunks) == 1:
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
+            if not copied or len(chunks) == 1:
                 return dict.fromkeys(chunks, error)
         results: dict[Task, Result] = {}
         for task, fed in list(chunks.items()):
@@ -370,25 +349,24 @@ class Engine:
         rows = [task.sequence.row(fed) for task, fed in chunks.items()]
         begun = perf_counter()
         result = self.runtime.forward(rows)
-        self._pace.note(rows, perf_counter() - begun)
+        self.speed.computed(rows, perf_counter() - begun)
         for task, start in zip(list(chunks), result.starts, strict=False):
             chunks[task] = FeedPlan(start, chunks[task].end)
         self.forward_passes += 1
-        self.computed_tokens += sum(fed.end - fed.start for fed in chunks.values())
+        self.computed_tokens += sum(fed.tokens for fed in chunks.values())
         wanting = [task for task, row in zip(chunks, rows, strict=True) if row.wants_logits]
         return dict.fromkeys(chunks) | dict(zip(wanting, result.logits, strict=True))
 
     def _deliver(self, task: Task) -> None:
         """Let a task use its logits; whatever its callback raises ends that task and no other."""
+        failure: Exception | None = None
         try:
-            goes_on = task.on_logits()
+            if task.on_logits():
+                return
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the task
-            with self._work:
-                self._scheduler.end(task, "failed", error)
-        else:
-            if not goes_on:
-                with self._work:
-                    self._scheduler.end(task, "done")
+            failure = error
+        with self._work:
+            self._scheduler.end(task, "failed" if failure else "done", failure)
 
 
 def _close_if_alive(engine: "weakref.ref[Engine]") -> None:

@@ -25,7 +25,7 @@ from recollect.engine.logprobs import AlignedLogprobs
 from recollect.engine.repetition import Repetition
 from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
-from recollect.engine.sequence import FeedPlan, warm_tokens
+from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
 from recollect.runtime.sequences import common_length
@@ -531,7 +531,7 @@ class ReplyGeneration:
         computed = sum(min(plan.end, self._start) - plan.start for plan in fed)
         read_ahead = len(self._positions_read_ahead() - positions)
         reused = self._start - len(positions) - read_ahead
-        whole = warm_tokens(self._computed_before, self._engine.info.reuse.unit)
+        whole = self._engine.info.reuse.warm_tokens(self._computed_before)
         first = generation.first_token_s
         first_s = generation.last_token_s if first is None else first
         decode_s = 0.0 if first is None else generation.last_token_s - first

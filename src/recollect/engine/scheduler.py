@@ -162,13 +162,9 @@ class Scheduler:
         """Return all tasks, those that run first."""
         return [*self.running, *self.waiting]
 
-    def remove(self, task: Task) -> None:
-        """Forget a task that has ended."""
-        (self.running if task in self.running else self.waiting).remove(task)
-
     def end(self, task: Task, state: TaskState, error: Exception | None = None) -> None:
         """Remove a task, and tell whoever waits for it how it ended."""
-        self.remove(task)
+        (self.running if task in self.running else self.waiting).remove(task)
         task.end(state, error)
 
     def preempt(self, task: Task) -> None:
@@ -215,12 +211,9 @@ class Scheduler:
         the namespace that was fed least, then in order of arrival. A prompt waits while another in the
         pass computes the same tokens, and finds them in the cache afterwards.
         """
-        plans = {
-            task: plan
-            for task in self.running
-            if not task.restoring and (plan := task.sequence.plan()) is not None
-        }
-        chunks = {task: plan for task, plan in plans.items() if plan.end - plan.start == 1}
+        lacking = [one for one in self.running if not one.restoring and one.sequence.logits is None]
+        plans = {task: task.sequence.plan() for task in lacking}
+        chunks = {task: plan for task, plan in plans.items() if plan.tokens == 1}
         prompts = [task for task in plans if task not in chunks]
         accounts = {task.namespace: self._turns.account(task.namespace) for task in prompts}
         # At least a block: else the prompt of a runtime with larger ones would wait for ever.
@@ -232,18 +225,20 @@ class Scheduler:
             plan = plans[task]
             if _computed_by_another(task, plan, chunks):
                 continue
-            chunks[task] = _chunk(plan, budget, self._block_size)
-            fed = chunks[task].end - plan.start
-            budget -= fed
-            accounts[task.namespace] += fed
+            if plan.tokens > budget:
+                end = (plan.start + budget) // self._block_size * self._block_size
+                plan = FeedPlan(plan.start, end)  # up to a full block, which others can share
+            chunks[task] = plan
+            budget -= plan.tokens
+            accounts[task.namespace] += plan.tokens
         return chunks
 
     def feed(self, chunks: Chunks) -> None:
         """Take note that a pass is run: the namespaces of its prompts come later in the next one."""
         alone = len(self._running_by_namespace()) == 1
         for task, fed in chunks.items():
-            if fed.end - fed.start > 1:
-                self._turns.feed(task.namespace, fed.end - fed.start, alone=alone)
+            if fed.tokens > 1:
+                self._turns.feed(task.namespace, fed.tokens, alone=alone)
 
     def _cancel_spare(self) -> None:
         spare = [task for task in self.waiting if task.spare and not task.cancelled]
@@ -263,13 +258,6 @@ class Scheduler:
         running = self._running_by_namespace()
         task = min(self.waiting, key=lambda one: (one.idle, running[one.namespace]))
         return None if task.idle and self.running else task
-
-
-def _chunk(plan: FeedPlan, budget: int, block_size: int) -> FeedPlan:
-    """Return the part of a plan within the budget; it ends with a full block, which others can share."""
-    if plan.end - plan.start <= budget:
-        return plan
-    return FeedPlan(plan.start, (plan.start + budget) // block_size * block_size)
 
 
 def _computed_by_another(task: Task, plan: FeedPlan, chunks: Chunks) -> bool:
@@ -308,8 +296,8 @@ class Room:
 
         Where blocks run short, the first of these steps that helps is taken, and the pass is planned
         anew: evict what only the cache holds; take blocks back from the cache, so that they need no
-        copy; park tasks that wait; preempt the newest task of the namespace with the most; fail the
-        only one.
+        copy; park tasks that wait; preempt the newest task of the namespace with the most. Where none
+        of them helps, only one runs, and it has failed.
 
         Returns:
             What to feed, which may be nothing, and blocks to copy before it, `(source, target)` each.
@@ -319,15 +307,18 @@ class Room:
             self._take_tails_back,
             self._park_waiting,
             self._preempt_newest,
-            self._fail_the_only_one,
         ]
         chunks = self._plan()
         while self._short(chunks) > 0 and any(step(chunks) for step in steps):
             chunks = self._plan()
-        self._scheduler.feed(chunks)
         copies: list[tuple[int, int]] = []
         for task, fed in chunks.items():
-            copies += task.sequence.prepare_write(fed.start, fed.end)
+            try:
+                copies += task.sequence.prepare_write(fed.start, fed.end)
+            except OutOfBlocksError as error:
+                self._scheduler.end(task, "failed", error)
+                return {}, []
+        self._scheduler.feed(chunks)
         return chunks, copies
 
     def _plan(self) -> Chunks:
@@ -335,15 +326,12 @@ class Room:
             task.sequence.reuse()
         return self._scheduler.plan()
 
-    def _needed(self, chunks: Chunks) -> int:
-        """Return how many blocks have to be allocated for a pass."""
-        return sum(
-            task.sequence.plan_write(fed.start, fed.end).new_blocks for task, fed in chunks.items()
-        )
-
     def _short(self, chunks: Chunks) -> int:
-        """Return how many of these blocks are not free."""
-        return self._needed(chunks) - self._memory.pool.free_blocks
+        """Return how many blocks a pass takes that are not free."""
+        needed = sum(
+            one.sequence.blocks_to_allocate(at.start, at.end) for one, at in chunks.items()
+        )
+        return needed - self._memory.pool.free_blocks
 
     def _evict(self, chunks: Chunks) -> bool:
         return self._memory.cache.evict(self._short(chunks)) > 0
@@ -353,9 +341,8 @@ class Room:
 
     def _park_waiting(self, _: Chunks | None = None, *, but: Task | None = None) -> bool:
         """Take the blocks of tasks that wait, but for one of them; return whether any had some."""
-        holding = [
-            one for one in self._scheduler.waiting if one.sequence.computed and one is not but
-        ]
+        waiting = self._scheduler.waiting
+        holding = [one for one in waiting if one.sequence.computed and one is not but]
         for one in holding:
             self._park(one)
         return bool(holding)
@@ -366,13 +353,6 @@ class Room:
         self._park(self._scheduler.preempt_newest())
         return True
 
-    def _fail_the_only_one(self, chunks: Chunks) -> bool:
-        pool = self._memory.pool
-        needed, free = self._needed(chunks), pool.free_blocks
-        error = OutOfBlocksError(needed=needed, free=free, total=pool.num_blocks)
-        self._scheduler.end(self._scheduler.running[0], "failed", error)
-        return True
-
     def _park(self, task: Task) -> None:
         task.sequence.park()
         task.restoring = self._has_disk
@@ -381,12 +361,6 @@ class Room:
         sequences = [one.sequence for one in (*self._scheduler.running, task)]
         for sequence in sequences:
             sequence.reuse()  # so that what it takes from the cache is not counted as evictable
-        lacking = sum(map(_lacking, sequences))
+        # Of each the blocks that it lacks for its history and the next token.
+        lacking = sum(one.blocks_to_allocate(one.plan().start, len(one) + 1) for one in sequences)
         return lacking <= self._memory.pool.free_blocks + self._memory.cache.evictable_blocks
-
-
-def _lacking(sequence: Sequence) -> int:
-    """Return how many blocks a sequence does not hold for its history and the next token."""
-    plan = sequence.plan()
-    start = len(sequence) if plan is None else plan.start
-    return sequence.plan_write(start, len(sequence) + 1).new_blocks

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
+from recollect.errors import MisuseError, RewindError
 from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId
+from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId, check_append
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,11 @@ class FeedPlan:
 
     start: int
     end: int
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens these are."""
+        return self.end - self.start
 
 
 def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
@@ -44,31 +49,6 @@ def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
     """
     start = computed if computed < length else reuse.longest_cut(length - 1)
     return FeedPlan(start, length)
-
-
-@dataclass(frozen=True, slots=True)
-class WritePlan:
-    """What has to happen before the slots `[start, end)` of a block table may be written."""
-
-    keep: int
-    """Leading blocks of the table that stay as they are."""
-    new_blocks: int
-    """Blocks to allocate and put after those."""
-    copy_first: bool
-    """The first new block takes over the content of the shared block that it replaces."""
-
-
-def warm_tokens(length: int, unit: int) -> int:
-    """
-    Return how many tokens of a prefix that was computed can be reused at the most.
-
-    Its last token has no KV where a reply ended with it, and is fed again where a prompt does.
-
-    Args:
-        length: Of the prefix.
-        unit: Tokens that can only be reused together.
-    """
-    return max(0, length - 1) // unit * unit
 
 
 class Memory:
@@ -196,7 +176,7 @@ class Sequence:
             ContextFullError: They do not fit the context. Nothing was changed.
         """
         self._require_open()
-        self._check_append(token_ids)
+        check_append(token_ids, len(self), self.memory.info)
         self._token_ids += array("q", token_ids)  # made first: all of them or none
         self.logits = None
 
@@ -259,11 +239,11 @@ class Sequence:
         self.logits = None
         self._finalizer()
 
-    def plan(self) -> FeedPlan | None:
-        """Return what to feed for the logits to be known, or up to a branch point; None where they are."""
+    def plan(self) -> FeedPlan:
+        """Return what to feed for the logits to be known, or up to a branch point; nothing where they are."""
         self._require_open()
         if self.logits is not None:
-            return None
+            return FeedPlan(len(self), len(self))
         if not len(self):
             raise MisuseError("an empty sequence has no next token: append something first")
         plan = plan_feed(len(self), self.computed, self.memory.info.reuse)
@@ -273,10 +253,8 @@ class Sequence:
 
     def is_warm(self) -> bool:
         """Return whether all of the history has KV, here or in the cache."""
-        if self.computed == len(self):
-            return True
-        if self.namespace is None:
-            return False
+        if self.computed == len(self) or self.namespace is None:
+            return self.computed == len(self)
         return len(self) == self.memory.match(self._token_ids, self.namespace).tokens
 
     def computed_before(self) -> int:
@@ -285,7 +263,7 @@ class Sequence:
         if self._root is None or not cache.evicted_blocks:
             return 0  # all that was computed in the namespace is there
         with self.memory.lock:
-            return cache.computed_tokens(self._root, self._token_ids)
+            return cache.accounts.computed_tokens(self._root, self._token_ids)
 
     def row(self, fed: FeedPlan) -> Row:
         """Return the sequence's share of a forward pass that feeds *fed*. For the engine."""
@@ -319,24 +297,19 @@ class Sequence:
             self.computed = start + match.tokens
             return gained
 
-    def plan_write(self, start: int, end: int) -> WritePlan:
+    def kept_blocks(self, start: int) -> int:
         """
-        Return what writing the slots `[start, end)` takes, 0 <= start < end; changes nothing.
+        Return how many leading blocks stay in the table where slots from *start* on are written.
 
-        Slots from *start* on are given up, so only a block that keeps slots before *start* can need a
-        copy.
+        The block of *start* does, unless something else holds it too.
         """
-        size = self.memory.info.block_size
-        keep, slots_before = divmod(start, size)
-        has_block = keep < len(self.blocks)
-        shared = has_block and self.memory.pool.is_shared(self.blocks[keep])
-        if has_block and not shared:
-            keep += 1
-        return WritePlan(
-            keep=keep,
-            new_blocks=max(0, blocks_for(end, size) - keep),
-            copy_first=shared and slots_before > 0,
-        )
+        index = start // self.memory.info.block_size
+        has_block = index < len(self.blocks)
+        return index + (has_block and not self.memory.pool.is_shared(self.blocks[index]))
+
+    def blocks_to_allocate(self, start: int, end: int) -> int:
+        """Return how many blocks it takes to write the slots `[start, end)`; changes nothing."""
+        return blocks_for(end, self.memory.info.block_size) - self.kept_blocks(start)
 
     def prepare_write(self, start: int, end: int) -> list[tuple[int, int]]:
         """
@@ -348,14 +321,14 @@ class Sequence:
         Raises:
             OutOfBlocksError: There are not enough; nothing was changed.
         """
-        plan = self.plan_write(start, end)
-        new = self.memory.pool.allocate(plan.new_blocks)
-        replaced = self.blocks[plan.keep :]
-        self.blocks[plan.keep :] = new
+        keep, size = self.kept_blocks(start), self.memory.info.block_size
+        new = self.memory.pool.allocate(self.blocks_to_allocate(start, end))
+        replaced = self.blocks[keep:]
+        self.blocks[keep:] = new
         self.memory.pool.release(replaced)
-        del self.chain[start // self.memory.info.block_size :]
+        del self.chain[start // size :]
         self.computed = start
-        return [(replaced[0], new[0])] if plan.copy_first else []
+        return [(replaced[0], new[0])] if keep * size < start else []  # it has slots before
 
     def take_back(self, start: int) -> bool:
         """
@@ -365,10 +338,7 @@ class Sequence:
         short. Returns whether it was so.
         """
         index = start // self.memory.info.block_size
-        if self._root is None or index >= len(self.blocks):
-            return False
-        after = self.chain[index - 1] if index else self._root
-        if not self.memory.cache.forget(after, self.blocks[index]):
+        if index >= len(self.blocks) or not self.memory.cache.forget(self.blocks[index]):
             return False
         self.truncate(start)
         return True
@@ -379,7 +349,7 @@ class Sequence:
 
         A block that another sequence computed meanwhile replaces ours, so that both hold one.
         """
-        self.fed_tokens += fed.end - fed.start
+        self.fed_tokens += fed.tokens
         self.computed = fed.end
         self.logits = logits
         size, pool = self.memory.info.block_size, self.memory.pool
@@ -392,7 +362,7 @@ class Sequence:
             pool.release([self.blocks[index]])
             self.blocks[index] = cached.block
             self.chain.append(cached)
-        is_prompt = logits is not None and fed.end - fed.start > 1
+        is_prompt = logits is not None and fed.tokens > 1
         if is_prompt or fed.end == self.branch_point:
             self.leave_tail()  # others may send the same prompt, or the next turn may begin here
 
@@ -400,9 +370,7 @@ class Sequence:
         """Let others find the last block, though it is not full; who writes on copies it then."""
         cache, after = self.memory.cache, self.last_full
         start = len(self.chain) * self.memory.info.block_size
-        if after is None or start >= self.computed:
-            return
-        if cache.whole_blocks_only and not cache.whole_tails:
+        if after is None or start >= self.computed or cache.parts == "none":
             return
         cache.insert(after, self._token_ids[start : self.computed], self.blocks[len(self.chain)])
 
@@ -419,20 +387,6 @@ class Sequence:
         """Add blocks after the last, shared with whoever holds them."""
         self.memory.pool.retain(blocks)
         self.blocks += blocks
-
-    def _check_append(self, token_ids: Tokens[int]) -> None:
-        info = self.memory.info
-        if len(token_ids) == 0:
-            raise TokenIdError("There are no tokens to append: give at least one.")
-        for token in (min(token_ids), max(token_ids)):
-            if not 0 <= token < info.vocab_size:
-                raise TokenIdError(
-                    f"Token id {token} is outside the vocabulary: "
-                    f"ids go from 0 to {info.vocab_size - 1}."
-                )
-        needed = len(self) + len(token_ids)
-        if needed > info.context_length:
-            raise ContextFullError(needed=needed, limit=info.context_length)
 
     def _require_open(self) -> None:
         if self.closed:

@@ -7,7 +7,6 @@ tried. Knows the store; of the scheduler only a task's sequence and whether it i
 """
 
 import logging
-import threading
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Tokens
 from contextlib import contextmanager
@@ -16,12 +15,12 @@ from time import perf_counter
 from typing import Final
 
 from recollect.engine.scheduler import Task
-from recollect.engine.sequence import Sequence
+from recollect.engine.sequence import Memory, Sequence
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import RuntimeFailure, StoreBusyError, StoreError
-from recollect.kv.blocks import BlockPool, CachedBlock
+from recollect.kv.blocks import CachedBlock
 from recollect.kv.disk import DiskStore, Found, NewBlock
-from recollect.kv.prefix import Match, PrefixCache
+from recollect.kv.prefix import Match
 from recollect.kv.record import Buffer, Entry, Identity, Key, StoredReply
 from recollect.kv.tables import Savings
 from recollect.runtime.base import PagedRuntime, Row
@@ -47,26 +46,29 @@ class Rates:
     compute_s_per_token: float | None = None
 
 
-class ComputePace:
-    """What computing a token of a prompt costs here: a running average over passes."""
+class Speed:
+    """What computing a token of a prompt and reading a block from disk cost here: running averages."""
 
     def __init__(self) -> None:
         self.known_s_per_token: float | None = None
-        """Of a run before; None: nobody knows."""
-        self._measured_s_per_token: float | None = None
+        """What computing one cost in a run before; None: nobody knows."""
+        self._s_per_token: float | None = None
+        self._s_per_block: float | None = None
 
-    def note(self, rows: Collection[Row], seconds: float) -> None:
+    def computed(self, rows: Collection[Row], seconds: float) -> None:
         """Take note of what a pass took."""
         tokens = sum(len(row.token_ids) for row in rows)
         if tokens >= _TIMED_TOKENS:
-            self._measured_s_per_token = running_average(
-                self._measured_s_per_token, seconds / tokens
-            )
+            self._s_per_token = running_average(self._s_per_token, seconds / tokens)
+
+    def restored(self, blocks: int, seconds: float) -> None:
+        """Take note of what reading some blocks took, at least one."""
+        self._s_per_block = running_average(self._s_per_block, seconds / blocks)
 
     @property
-    def s_per_token(self) -> float | None:
-        """Return what a token takes; None: nothing was measured yet."""
-        return self._measured_s_per_token or self.known_s_per_token
+    def rates(self) -> Rates:
+        """Return both, as far as they are known."""
+        return Rates(self._s_per_block, self._s_per_token or self.known_s_per_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +153,13 @@ class DiskTier:
         store: DiskStore,
         identity: Identity,
         runtime: PagedRuntime,
-        pool: BlockPool,
-        cache: PrefixCache,
-        lock: threading.RLock,
-        pace: ComputePace,
+        memory: Memory,
+        speed: Speed,
     ) -> None:
         self.store: Final = store
         self.identity: Final = identity
         self._runtime = runtime
-        self._pool = pool
-        self._cache = cache
-        self._lock = lock
+        self._pool, self._cache, self._lock = memory.pool, memory.cache, memory.lock
         self._inside_blocks = runtime.info.reuse.inside_blocks
         self._whole_tails = runtime.info.reuse.whole_tails
         self.leased_blocks: list[int] = []
@@ -169,13 +167,30 @@ class DiskTier:
         self._written_blocks = 0
         self._restored_tokens = 0
         self._restore_s = 0.0
-        self._restore_s_per_block: float | None = None
         self._read_error: StoreError | None = None  # why nothing is read any more
-        self._pace = pace
-        pace.known_s_per_token = self._known_rate()
+        self._speed = speed
+        speed.known_s_per_token = self._known_rate()
         self.writer: Final = WriteBehind(
             store, self._write, bytes_per_block=runtime.info.bytes_per_block
         )
+        self._cache.on_new = self.writer.note
+
+    @classmethod
+    def over(
+        cls,
+        store: DiskStore | None,
+        identity: Identity,
+        runtime: PagedRuntime,
+        memory: Memory,
+        speed: Speed,
+    ) -> "DiskTier | None":
+        """Return the tier over a store; None where there is none, or blocks cannot be kept as bytes."""
+        if store is None:
+            return None
+        if not runtime.info.reuse.as_bytes:
+            store.close()
+            return None
+        return cls(store, identity, runtime, memory, speed)
 
     def find_reply(self, name: Key) -> StoredReply | None:
         """Return a reply of another time; None where there is none, or nothing can be read."""
@@ -251,7 +266,7 @@ class DiskTier:
         self._restored_tokens += tokens
         self._restore_s += seconds
         if blocks:
-            self._restore_s_per_block = running_average(self._restore_s_per_block, seconds / blocks)
+            self._speed.restored(blocks, seconds)
 
     def _plan(self, sequence: Sequence, most_s: float | None) -> RestorePlan:
         size = self._pool.block_size
@@ -263,7 +278,7 @@ class DiskTier:
             # The prompt's last token is always fed, and needs a block.
             room = self._pool.free_blocks + self._cache.evictable_blocks - 1
         assert after is not None, "a sequence with a namespace has a root"
-        rates = self.rates
+        rates = self._speed.rates
         found = self.store.find(
             after.key,
             sequence.tokens(start),
@@ -434,18 +449,13 @@ class DiskTier:
         on_disk = max(0, len(found.entries) - 1) * size + found.last_tokens
         return max(match.tokens, start + on_disk)
 
-    @property
-    def rates(self) -> Rates:
-        """Return what reading and computing cost, which are weighed against each other."""
-        return Rates(self._restore_s_per_block, self._pace.s_per_token)
-
     def statistics(self) -> TierStatistics:
         """Return what was done so far."""
         error = self.writer.error or self._read_error
         return TierStatistics(
             restored_tokens=self._restored_tokens,
             restore_s=self._restore_s,
-            restore_s_per_block=self._restore_s_per_block,
+            restore_s_per_block=self._speed.rates.restore_s_per_block,
             written_bytes=self._written_bytes,
             written_blocks=self._written_blocks,
             misses={str(reason): count for reason, count in self.store.misses.items()},
@@ -470,7 +480,7 @@ class DiskTier:
             return None  # the first restore tells
 
     def _note_savings(self) -> None:
-        rate, tokens = self._pace.s_per_token, self._restored_tokens
+        rate, tokens = self._speed.rates.compute_s_per_token, self._restored_tokens
         seconds = max(0.0, (rate or 0.0) * tokens - self._restore_s)
         try:
             with self.store.writing() as tables:

@@ -155,37 +155,21 @@ class Siblings(dict[tuple[int, ...], "CachedBlock"]):
                 best, longest = self[there], length
         return best, longest
 
-    def beginning_with(self, token_ids: tuple[int, ...]) -> "CachedBlock | None":
-        """Return a block whose tokens begin with these, or are these."""
-        return self.get(token_ids) or self.longer_than(token_ids)
-
-    def longer_than(self, token_ids: tuple[int, ...]) -> "CachedBlock | None":
-        """Return a block whose tokens begin with these, and are more."""
+    def cover(self, token_ids: tuple[int, ...]) -> bool:
+        """Return whether a block's tokens begin with these, and are more."""
         at = bisect_right(self._order, token_ids)
-        if at < len(self._order) and self._order[at][: len(token_ids)] == token_ids:
-            return self[self._order[at]]
-        return None
+        return any(later[: len(token_ids)] == token_ids for later in self._order[at : at + 1])
 
     def parts_of(self, token_ids: tuple[int, ...]) -> "list[CachedBlock]":
         """
-        Return the blocks whose tokens begin these, and are fewer.
+        Return the blocks whose tokens begin these, or are these, the longest last.
 
         Whatever lies in order between such a part and these tokens begins with the part too. So a part
         is no longer than what these tokens have in common with the block before them.
         """
-        at = bisect_left(self._order, token_ids)
+        at = bisect_right(self._order, token_ids)
         most = common_prefix_length(self._order[at - 1], token_ids) if at else 0
         return [self[part] for n in range(1, most + 1) if (part := token_ids[:n]) in self]
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What came to the blocks of a namespace, and what went, in tokens; counted where it happens."""
-
-    tokens: int = 0
-    """That have KV in memory now."""
-    inserted_tokens: int = 0
-    evicted_tokens: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -201,6 +185,7 @@ class CachedBlock:
     parent: "CachedBlock | None"
     token_ids: tuple[int, ...]
     block: int
+    namespace: str = ""
     last_used: int = 0
     """A count of uses, not a time."""
     pins: int = 0
@@ -212,8 +197,6 @@ class CachedBlock:
     """Whether it is pinned or a table holds its block, as far as `EvictionOrder` was told."""
     staying_children: int = 0
     """How many of its children stay."""
-    traffic: Traffic = field(default_factory=Traffic)
-    """Of its namespace; one for all nodes below a root."""
 
     @property
     def stays(self) -> bool:
@@ -262,12 +245,8 @@ class EvictionOrder:
         self._heap: list[tuple[int, int, CachedBlock]] = []
         self._numbers = itertools.count()  # so that no two nodes are compared
         self._most_entries = _FEW
-        self._staying: Counter[int] = Counter()  # nodes, by block
-
-    @property
-    def staying_blocks(self) -> int:
-        """Return how many blocks have a node that cannot be evicted."""
-        return len(self._staying)
+        self.staying: Final = Counter[int]()
+        """By block its nodes that cannot be evicted, without those blocks that have none."""
 
     def remove(self, cached: CachedBlock) -> None:
         """Take note of a node that is gone from the tree; nothing was below it."""
@@ -286,7 +265,9 @@ class EvictionOrder:
         cached.held = held
         node = cached
         while node.stays != before:
-            self._count(node.block, stays=node.stays)
+            self.staying[node.block] += 1 if node.stays else -1
+            if not self.staying[node.block]:
+                del self.staying[node.block]
             self._offer(node)
             parent = node.parent
             if parent is None or parent.parent is None:
@@ -304,18 +285,6 @@ class EvictionOrder:
                     return cached
                 self._offer(cached)  # it was used since
         return None
-
-    def coming(self, traffic: Traffic, most: int) -> list[CachedBlock]:
-        """Return the nodes of a namespace that are evicted next, as far as nothing else is used."""
-        waiting = {
-            cached for _, _, cached in self._heap if cached.traffic is traffic and cached.can_go
-        }
-        return heapq.nsmallest(most, waiting, key=lambda cached: cached.last_used)
-
-    def _count(self, block: int, *, stays: bool) -> None:
-        self._staying[block] += 1 if stays else -1
-        if not self._staying[block]:
-            del self._staying[block]
 
     def _offer(self, cached: CachedBlock) -> None:
         """Put a node into the heap, where it can be evicted; it may be there already."""

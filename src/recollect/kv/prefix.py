@@ -5,17 +5,14 @@ Which blocks hold the KV of which prefix: what one sequence has computed, all ot
 neither sequences nor runtime nor disk. Time is a count of uses.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings, Traffic
-from recollect.kv.record import Key, Names
-
-MOST_EVICTED_NAMES: Final = 32_768
-"""Names of evicted blocks that are remembered, to say of a prompt what of it had been computed: a
-million tokens in blocks of 32, in 4 MB. Those that were evicted first are forgotten first."""
+from recollect.kv.accounts import Accounts
+from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
+from recollect.kv.record import Names
+from recollect.types import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,71 +45,49 @@ class PrefixCache:
         3. A key is the chained hash of the parent's key and the block's tokens.
         4. No partial block's tokens begin a sibling's, unless it is pinned, or tails are reused whole.
         5. Pins of a block >= pins of each child.
-        6. Each namespace's traffic counts the tokens of its nodes.
-        7. All of `EvictionOrder`. A node is held while it is pinned, or something besides the cache has
+        6. All of `EvictionOrder`. A node is held while it is pinned, or something besides the cache has
            a reference to its block.
+        7. All of `Accounts`.
     """
 
-    def __init__(
-        self,
-        pool: BlockPool,
-        names: Names,
-        *,
-        whole_blocks_only: bool = False,
-        whole_tails: bool = False,
-    ) -> None:
+    def __init__(self, pool: BlockPool, names: Names, parts: Parts = "cut") -> None:
         """
         Begin without any prefixes.
 
         Args:
             pool: Where the blocks are.
             names: How prefixes are named.
-            whole_blocks_only: Whether KV inside a block cannot be cut, so that parts are never found.
-            whole_tails: Whether with that a block that is not full is found by all of its tokens. No
-                longer block then stands for it.
+            parts: What is found of a block besides all of a full one. Where a block that is not full is
+                found by all of its tokens only, no longer block stands for it.
         """
-        self.whole_blocks_only = whole_blocks_only
-        self.whole_tails = whole_tails
+        self.names: Final = names
+        self.parts: Final = parts
+        self.accounts: Final = Accounts(names, pool.block_size)
         self.evicted_blocks = 0
         """Blocks evicted so far."""
         self._pool = pool
-        self._names = names
         self.on_new: Callable[[CachedBlock], None] = lambda _: None
         """Called with each block that is inserted, so that it is written to disk; must not use the cache."""
         self._roots: dict[str, CachedBlock] = {}
         self._nodes: dict[int, list[CachedBlock]] = {}  # of each block in the tree
         self._pinned: dict[CachedBlock, Siblings] = {}  # of each node's children, those with pins
         self._order = EvictionOrder()
-        self._evicted: OrderedDict[Key, None] = OrderedDict()
         self._uses = 0
 
     def root(self, namespace: str = "") -> CachedBlock:
         """Return the root of a namespace."""
         if namespace not in self._roots:
-            self._roots[namespace] = CachedBlock(self._names.root(namespace), None, (), -1)
+            key = self.names.root(namespace)
+            self._roots[namespace] = CachedBlock(key, None, (), -1, namespace)
         return self._roots[namespace]
-
-    def next_evicted(self, namespace: str, most: int) -> list[CachedBlock]:
-        """Return the blocks of a namespace that are evicted next of all of its own."""
-        self.settle()
-        return self._order.coming(self.traffic(namespace), most)
-
-    def name_after(self, key: Key, token_ids: Sequence[int]) -> Key:
-        """Return the name of the prefix that ends with these tokens in the block after one of that name."""
-        return self._names.after(key, token_ids)
-
-    def traffic(self, namespace: str) -> Traffic:
-        """Return what came to the blocks of a namespace and went; may be called without the lock."""
-        root = self._roots.get(namespace)
-        return Traffic() if root is None else root.traffic
 
     def __len__(self) -> int:
         """Return how many blocks the cache holds, each counted once."""
         return len(self._nodes)
 
-    def blocks(self) -> Iterator[CachedBlock]:
-        """Iterate over all nodes but the roots, parents before children."""
-        pending = list(self._roots.values())
+    def blocks(self, root: CachedBlock | None = None) -> Iterator[CachedBlock]:
+        """Iterate over the nodes below a root, or below all of them, parents before children."""
+        pending = list(self._roots.values()) if root is None else [root]
         while pending:
             cached = pending.pop()
             if cached.parent is not None:
@@ -123,7 +98,7 @@ class PrefixCache:
     def evictable_blocks(self) -> int:
         """Return how many blocks `evict` can free."""
         self.settle()
-        return len(self._nodes) - self._order.staying_blocks
+        return len(self._nodes) - len(self._order.staying)
 
     def match(self, after: CachedBlock, token_ids: Sequence[int]) -> Match:
         """
@@ -157,35 +132,10 @@ class PrefixCache:
 
     def _part(self, node: CachedBlock, tokens: tuple[int, ...]) -> tuple[CachedBlock | None, int]:
         """Return the block of which a part goes on with the most of these tokens, and how many."""
-        if not self.whole_blocks_only:
+        if self.parts == "cut":
             return node.children.nearest(tokens)
-        if not self.whole_tails:
-            return None, 0
-        exact = node.children.get(tokens)
-        whole = [exact] if exact is not None else node.children.parts_of(tokens)[-1:]
+        whole = node.children.parts_of(tokens)[-1:] if self.parts == "whole" else []
         return (whole[0], len(whole[0].token_ids)) if whole else (None, 0)
-
-    def computed_tokens(self, root: CachedBlock, token_ids: Sequence[int]) -> int:
-        """
-        Return how many leading tokens had KV once, in whole blocks, as far as that is remembered.
-
-        Counts as no use of them.
-
-        Args:
-            root: Of the namespace.
-            token_ids: A prompt, shape `(n,)`.
-        """
-        size, tokens, key = self._pool.block_size, 0, root.key
-        node: CachedBlock | None = root
-        while tokens + size <= len(token_ids):
-            block = tuple(token_ids[tokens : tokens + size])
-            node = None if node is None else node.children.get(block)
-            if node is not None:
-                key = node.key
-            elif not self._evicted or (key := self._names.after(key, block)) not in self._evicted:
-                break
-            tokens += size
-        return tokens
 
     def insert(
         self, after: CachedBlock, token_ids: Sequence[int], block: int, *, on_disk: bool = False
@@ -204,9 +154,10 @@ class PrefixCache:
         """
         self._uses += 1
         tokens = tuple(token_ids)
-        siblings = after.children
-        known = siblings.get(tokens) if self.whole_tails else siblings.beginning_with(tokens)
-        if known is not None:
+        known, length = after.children.nearest(tokens)
+        if self.parts == "whole":
+            known = after.children.get(tokens)
+        if known is not None and length == len(tokens):
             known.last_used = self._uses
             return known
         cached = self._add(after, tokens, block)
@@ -229,29 +180,25 @@ class PrefixCache:
             # A prefix was in use when its tail was.
             parent.last_used = max(parent.last_used, cached.last_used)
             self._remove(cached)
-            cached.traffic.evicted_tokens += len(cached.token_ids)
-            if len(cached.token_ids) == self._pool.block_size:
-                self._evicted[cached.key] = None
-                self._evicted.move_to_end(cached.key)
+            self.accounts.evicted(cached)
             freed += cached.block not in self._nodes
-        while len(self._evicted) > MOST_EVICTED_NAMES:
-            self._evicted.popitem(last=False)
         self.evicted_blocks += freed
         return freed
 
-    def forget(self, after: CachedBlock, block: int) -> bool:
+    def forget(self, block: int) -> bool:
         """
         Remove a block that one table holds besides, unless it is pinned or others follow it.
 
         Returns:
             Whether it was removed; that table may then write it without a copy.
         """
-        if self._pool.references(block) == 2:
-            for cached in self._nodes.get(block, ()):
-                if cached.parent is after and not cached.children and not cached.pins:
-                    self._remove(cached)
-                    return True
-        return False
+        nodes = self._nodes.get(block, ())
+        if len(nodes) != 1 or self._pool.references(block) != 2:
+            return False
+        if nodes[0].children or nodes[0].pins:
+            return False
+        self._remove(nodes[0])
+        return True
 
     def pin(self, cached: CachedBlock) -> None:
         """Keep a block and the prefix before it until `unpin`; below the public root, publish it."""
@@ -271,7 +218,10 @@ class PrefixCache:
                 if not self._pinned[block.parent]:
                     del self._pinned[block.parent]
                 self._note_held(block)
-        if not cached.pins and not self.whole_tails and _is_covered(cached):
+        parent = cached.parent
+        if parent is None or cached.pins or self.parts == "whole":
+            return
+        if parent.children.cover(cached.token_ids):
             self._remove(cached)  # a longer one came meanwhile
 
     def _adopt_public(self, root: CachedBlock, token_ids: Sequence[int]) -> None:
@@ -283,7 +233,7 @@ class PrefixCache:
                 return
             tokens = tuple(token_ids[start : start + size])
             theirs, length = marked.nearest(tokens)
-            if theirs is None or (self.whole_blocks_only and length < size):
+            if theirs is None or (self.parts != "cut" and length < size):
                 return
             own, known = node.children.nearest(tokens)
             if own is None or known < length:
@@ -292,11 +242,6 @@ class PrefixCache:
                 return
             node, public = own, theirs
 
-    def is_evictable(self, cached: CachedBlock) -> bool:
-        """Return whether nothing but the cache holds the block, and nobody pinned this node."""
-        nodes = len(self._nodes[cached.block])
-        return cached.pins == 0 and self._pool.references(cached.block) == nodes
-
     def settle(self) -> None:
         """Tell the eviction order which blocks tables took or released since this was last called."""
         for block in self._pool.take_changed():
@@ -304,17 +249,17 @@ class PrefixCache:
                 self._note_held(cached)
 
     def _note_held(self, cached: CachedBlock) -> None:
-        self._order.hold(cached, held=not self.is_evictable(cached))
+        """Tell the eviction order whether a node is pinned, or anything but the cache holds its block."""
+        in_use = self._pool.references(cached.block) > len(self._nodes[cached.block])
+        self._order.hold(cached, held=in_use or cached.pins > 0)
 
     def _add(self, after: CachedBlock, tokens: tuple[int, ...], block: int) -> CachedBlock:
         """Put a node for a block into the tree, with a reference; it replaces parts of itself."""
-        key = self._names.after(after.key, tokens)
-        traffic = after.traffic
-        cached = CachedBlock(key, after, tokens, block, self._uses, traffic=traffic)
-        traffic.tokens += len(tokens)
-        traffic.inserted_tokens += len(tokens)
+        key = self.names.after(after.key, tokens)
+        cached = CachedBlock(key, after, tokens, block, after.namespace, self._uses)
+        self.accounts.inserted(cached)
         for shorter in after.children.parts_of(tokens):
-            if not shorter.pins and not self.whole_tails:
+            if not shorter.pins and self.parts != "whole":
                 self._remove(shorter)
         after.children[tokens] = cached
         self._pool.retain([block])
@@ -326,15 +271,9 @@ class PrefixCache:
         assert cached.parent is not None, "a root is never removed"
         assert not cached.children, "a block that others follow is never removed"
         del cached.parent.children[cached.token_ids]
-        cached.traffic.tokens -= len(cached.token_ids)
+        self.accounts.removed(cached)
         self._pool.release([cached.block])
         self._nodes[cached.block].remove(cached)
         if not self._nodes[cached.block]:
             del self._nodes[cached.block]
         self._order.remove(cached)
-
-
-def _is_covered(cached: CachedBlock) -> bool:
-    """Return whether a sibling begins with all of the block's tokens, and has more."""
-    parent = cached.parent
-    return parent is not None and parent.children.longer_than(cached.token_ids) is not None

@@ -33,7 +33,6 @@ from recollect import files
 from recollect.conversation.model import Model
 from recollect.engine.decoder import Decoder
 from recollect.engine.sampling import Generator
-from recollect.engine.sequence import warm_tokens
 from recollect.errors import ConfigError, ContextFullError, InvalidParameterError, OutOfBlocksError
 from recollect.kv.blocks import blocks_for
 from recollect.types import Progress, SamplingParams, no_progress
@@ -500,11 +499,11 @@ def require_reuse(model: Model, sample: ResponseSample, before: int) -> None:
     """
     if sample.reused_tokens:
         return
-    unit = model.engine.info.reuse.unit
-    if not warm_tokens(before, unit):
+    reuse = model.engine.info.reuse
+    if not reuse.warm_tokens(before):
         raise ConfigError(
-            f"The engine reuses blocks of {unit} tokens, and the conversation has {before} before its second "
-            "turn: measure longer prompts (--input N)."
+            f"The engine reuses blocks of {reuse.unit} tokens, and the conversation has {before} before "
+            "its second turn: measure longer prompts (--input N)."
         )
     raise ConfigError(
         f"The engine reused none of {before:,} tokens of the conversation that is measured: something else "
@@ -608,7 +607,7 @@ def _conversation(
 
             order = (reuse, without) if reuse_first else (without, reuse)
             timed = {way: way() for way in order}
-            if warm_tokens(len(before), model.engine.info.reuse.unit):
+            if model.engine.info.reuse.warm_tokens(len(before)):
                 require_reuse(model, timed[reuse], len(before))
             samples.append(GrowthSample(turn + 1, timed[without], timed[reuse]))
     return samples

@@ -21,7 +21,7 @@ from recollect.engine.decoder import Ask, Drawn
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarState
 from recollect.engine.scheduler import MOST_SPARE, Task, TaskState
-from recollect.engine.sequence import FeedPlan, plan_feed, warm_tokens
+from recollect.engine.sequence import FeedPlan, plan_feed
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import EngineUnavailableError, MisuseError
 from recollect.remote.replicas import (
@@ -218,7 +218,7 @@ class RemoteEngine(Engine):
             EngineUnavailableError: No engine answers.
         """
         for sequence in dict.fromkeys(sequences):
-            if sequence.plan() is not None:
+            if sequence.plan().tokens:
                 self._prefill(sequence, None)
 
     def abort(self, tasks: Collection[Task]) -> None:
@@ -277,9 +277,9 @@ class RemoteEngine(Engine):
         """
         if len(sequence) >= self.info.context_length:
             return  # a reply that has no room asks for nothing
-        unit, length = self.info.reuse.unit, len(sequence)
-        if task is not None and task.idle and unit > 1:
-            length = warm_tokens(length, unit)
+        length = len(sequence)
+        if task is not None and task.idle and not self.info.reuse.inside_blocks:
+            length = self.info.reuse.warm_tokens(length)
         ask = Ask(
             sequence=sequence,
             params=SamplingParams(),
@@ -518,7 +518,7 @@ class _Stream:
         sequence = self._sequence()
         if sequence is not None:
             sequence.fed_tokens += 0 if lost else fed
-            has_less = self._fed.start < warm_tokens(self._known, self._engine.info.reuse.unit)
+            has_less = self._fed.start < self._engine.info.reuse.warm_tokens(self._known)
             sequence.moved = has_less and self._had not in (None, self._replica.url)
         if not lost and (self._given or self._told.finish is not None):
             # All of a prompt has KV, and of a reply all but the last token.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
 
-from recollect.engine.sequence import Memory, warm_tokens
+from recollect.engine.sequence import Memory
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
 from recollect.kv.record import Key, chained_keys, namespace_key
@@ -194,7 +194,7 @@ class RemoteSequence(TokenSequence):
     def is_warm(self) -> bool:
         """Return whether all of it was computed before that could be found again, as far as is known."""
         known, _ = self.memory.ledger.known(self.namespace, self.token_ids)
-        return warm_tokens(len(self), self.memory.info.reuse.unit) <= known
+        return self.memory.info.reuse.warm_tokens(len(self)) <= known
 
     def computed_before(self) -> int:
         """Return how many leading tokens were computed before, as far as is remembered."""

@@ -22,7 +22,14 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import ConfigError, MisuseError, RuntimeFailure
+from recollect.errors import (
+    ConfigError,
+    ContextFullError,
+    MisuseError,
+    RuntimeFailure,
+    TokenIdError,
+)
+from recollect.types import Parts
 
 Logits = npt.NDArray[np.float32]
 _Memory = TypeVar("_Memory")
@@ -114,9 +121,24 @@ class Reuse:
         """Return whether a part of a block can be used again."""
         return self.unit == 1
 
+    @property
+    def parts(self) -> Parts:
+        """Return what can be used again of a block besides all of a full one."""
+        if self.inside_blocks:
+            return "cut"
+        return "whole" if self.whole_tails else "none"
+
     def longest_cut(self, length: int) -> int:
         """Return the largest length up to *length* to which a sequence can be cut."""
         return length // self.unit * self.unit
+
+    def warm_tokens(self, length: int) -> int:
+        """
+        Return how many of the first *length* tokens can be reused at the most, where all were computed.
+
+        The last has no KV where a reply ended with it, and is fed again where a prompt does.
+        """
+        return self.longest_cut(max(0, length - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +327,26 @@ def allocate(runtime: PagedRuntime, num_blocks: int) -> None:
         raise ConfigError(
             f"There is no memory for {num_blocks:,} blocks of KV: give KV less, or end other programs."
         ) from cause
+
+
+def check_append(token_ids: Sequence[int], length: int, info: RuntimeInfo) -> None:
+    """
+    Refuse tokens that cannot be appended to a history of *length* tokens.
+
+    Raises:
+        TokenIdError: There are none, or one is outside the vocabulary.
+        ContextFullError: They do not fit the context.
+    """
+    if len(token_ids) == 0:
+        raise TokenIdError("There are no tokens to append: give at least one.")
+    for token in (min(token_ids), max(token_ids)):
+        if not 0 <= token < info.vocab_size:
+            raise TokenIdError(
+                f"Token id {token} is outside the vocabulary: ids go from 0 to {info.vocab_size - 1}."
+            )
+    needed = length + len(token_ids)
+    if needed > info.context_length:
+        raise ContextFullError(needed=needed, limit=info.context_length)
 
 
 def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:

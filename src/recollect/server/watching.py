@@ -5,6 +5,7 @@ Nothing is computed for it, and the engine's thread does not know of it: see `co
 """
 
 import asyncio
+import heapq
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
 
@@ -174,7 +175,7 @@ def _branch(cost: GoingOn, blocks: Sequence[CachedBlock], model: Model) -> dict[
 def _model_kv(name: str, model: Model, namespace: str) -> dict[str, Any]:
     """Return what a model holds of a namespace, and how much there is room for."""
     engine = model.engine
-    rates, traffic = engine.rates(), engine.cache.traffic(namespace)
+    rates, traffic = engine.speed.rates, engine.cache.accounts.traffic(namespace)
     return {
         "model": name,
         "block_tokens": engine.block_size,
@@ -188,8 +189,12 @@ def _model_kv(name: str, model: Model, namespace: str) -> dict[str, Any]:
 
 
 def _next_evicted(model: Model, namespace: str) -> list[CachedBlock]:
+    """Return the blocks that are evicted next, as far as nothing else of the namespace is used."""
+    cache = model.engine.cache
     with model.engine.lock:
-        return model.engine.cache.next_evicted(namespace, _NEXT)
+        cache.settle()
+        leaves = [one for one in cache.blocks(cache.root(namespace)) if one.can_go]
+    return heapq.nsmallest(_NEXT, leaves, key=lambda cached: cached.last_used)
 
 
 def _holder(block: CachedBlock, holders: Mapping[CachedBlock, dict[str, str]]) -> dict[str, Any]:

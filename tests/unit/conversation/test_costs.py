@@ -11,7 +11,7 @@ from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node, Tree
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import PrefixCache
+from recollect.kv.record import Names
 from recollect.text.template import ChatTemplate
 from recollect.types import Role, SamplingParams
 
@@ -188,7 +188,7 @@ def renderings(monkeypatch: pytest.MonkeyPatch) -> Counted:
 def hashes(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """Return how often the name of a prefix is made out of that before."""
     counted = Counted()
-    monkeypatch.setattr(PrefixCache, "name_after", counted.of(PrefixCache.name_after))
+    monkeypatch.setattr(Names, "after", counted.of(Names.after))
     return counted
 
 

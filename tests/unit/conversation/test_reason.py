@@ -8,6 +8,7 @@ from recollect.conversation.matching import Change
 from recollect.conversation.model import Model
 from recollect.conversation.showing import Prompt, Rewritten
 from recollect.conversation.turn import Expectation, explained
+from recollect.runtime.base import Reuse
 from recollect.types import Message, SamplingParams, Usage
 
 SHORT = SamplingParams(max_tokens=6)
@@ -120,7 +121,7 @@ def test_the_reason_is_the_first_that_holds(
     reason: str,
     difference: str | None,
 ) -> None:
-    said = explained(usage(reused), Expectation(prompt, size, changed))
+    said = explained(usage(reused), Expectation(prompt, Reuse(unit=size), changed))
     assert said.reason == reason
     assert difference is None or said.difference == difference
     assert (said.difference is None) == (reason == "new")

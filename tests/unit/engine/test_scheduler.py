@@ -156,9 +156,9 @@ def test_idle_work_runs_only_alone_and_gives_way(
     work = task_of(ids_of(9, 2))
     assert admitted(scheduler, work) == [work]
     assert list(scheduler.waiting) == [idle, second]
-    scheduler.remove(work)
+    scheduler.end(work, "done")
     assert admitted(scheduler) == [idle]
-    scheduler.remove(idle)
+    scheduler.end(idle, "done")
     assert admitted(scheduler) == [second]
 
 
@@ -232,7 +232,7 @@ def test_nobody_makes_way_for_a_second_reply_or_where_each_has_one(
     many = [task_of([seed, 1], namespace=f"key {seed}") for seed in range(PACE.most_rows)]
     admitted(scheduler, *many)
     assert admitted(scheduler, task_of([7, 7], namespace="late")) == many
-    scheduler.remove(many[-1])
+    scheduler.end(many[-1], "done")
     (late,) = scheduler.waiting
     second = task_of([8, 8], namespace="key 0")
     assert admitted(scheduler, second) == [*many[:-1], late]

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from recollect.engine.audit import check_pool
-from recollect.engine.sequence import FeedPlan, Memory, Sequence, WritePlan
+from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.errors import OutOfBlocksError
 from recollect.kv.blocks import BlockPool, blocks_for
 from recollect.kv.prefix import PrefixCache
@@ -116,39 +116,40 @@ def test_check_finds_a_leak() -> None:
 
 # Blocks of 4 slots. `slots` of the table are written, of which a fork shares the first `shared`.
 PLANS = [
-    # slots, shared, start, end, expected
-    (0, 0, 0, 1, WritePlan(keep=0, new_blocks=1, copy_first=False)),
-    (0, 0, 0, 9, WritePlan(keep=0, new_blocks=3, copy_first=False)),
-    (3, 0, 3, 4, WritePlan(keep=1, new_blocks=0, copy_first=False)),
-    (3, 0, 3, 9, WritePlan(keep=1, new_blocks=2, copy_first=False)),
-    (4, 0, 4, 5, WritePlan(keep=1, new_blocks=1, copy_first=False)),
-    (3, 3, 3, 4, WritePlan(keep=0, new_blocks=1, copy_first=True)),
-    (3, 3, 2, 3, WritePlan(keep=0, new_blocks=1, copy_first=True)),
-    (4, 4, 4, 5, WritePlan(keep=1, new_blocks=1, copy_first=False)),
-    (8, 4, 5, 9, WritePlan(keep=2, new_blocks=1, copy_first=False)),
-    (8, 8, 4, 8, WritePlan(keep=1, new_blocks=1, copy_first=False)),
-    (8, 8, 5, 9, WritePlan(keep=1, new_blocks=2, copy_first=True)),
-    (8, 8, 0, 8, WritePlan(keep=0, new_blocks=2, copy_first=False)),
-    (8, 5, 7, 8, WritePlan(keep=1, new_blocks=1, copy_first=True)),
+    # slots, shared, start, end, (kept blocks, new ones, whether one is copied)
+    (0, 0, 0, 1, (0, 1, False)),
+    (0, 0, 0, 9, (0, 3, False)),
+    (3, 0, 3, 4, (1, 0, False)),
+    (3, 0, 3, 9, (1, 2, False)),
+    (4, 0, 4, 5, (1, 1, False)),
+    (3, 3, 3, 4, (0, 1, True)),
+    (3, 3, 2, 3, (0, 1, True)),
+    (4, 4, 4, 5, (1, 1, False)),
+    (8, 4, 5, 9, (2, 1, False)),
+    (8, 8, 4, 8, (1, 1, False)),
+    (8, 8, 5, 9, (1, 2, True)),
+    (8, 8, 0, 8, (0, 2, False)),
+    (8, 5, 7, 8, (1, 1, True)),
     # the last token once more, after its KV was complete
-    (4, 0, 3, 4, WritePlan(keep=1, new_blocks=0, copy_first=False)),
-    (4, 4, 3, 4, WritePlan(keep=0, new_blocks=1, copy_first=True)),
+    (4, 0, 3, 4, (1, 0, False)),
+    (4, 4, 3, 4, (0, 1, True)),
 ]
 
 
 @pytest.mark.parametrize(("slots", "shared", "start", "end", "expected"), PLANS)
 def test_a_write_copies_a_shared_block_and_only_that(
-    slots: int, shared: int, start: int, end: int, expected: WritePlan
+    slots: int, shared: int, start: int, end: int, expected: tuple[int, int, bool]
 ) -> None:
     table = filled(BlockPool(16, 4), slots)
     fork = fork_of(table, shared)
-    assert table.plan_write(start, end) == expected
+    keep, new, _ = expected
+    assert (table.kept_blocks(start), table.blocks_to_allocate(start, end)) == (keep, new)
     assert fork.blocks == table.blocks[: blocks_for(shared, 4)]
 
 
 @pytest.mark.parametrize(("slots", "shared", "start", "end", "expected"), PLANS)
 def test_after_a_write_is_prepared_no_other_table_holds_what_is_written(
-    slots: int, shared: int, start: int, end: int, expected: WritePlan
+    slots: int, shared: int, start: int, end: int, expected: tuple[int, int, bool]
 ) -> None:
     pool = BlockPool(16, 4)
     table = filled(pool, slots)
@@ -159,7 +160,12 @@ def test_after_a_write_is_prepared_no_other_table_holds_what_is_written(
     assert set(written) & set(of_fork) == set()
     assert table.blocks[: start // 4] == before[: start // 4]
     assert fork.blocks == of_fork
-    assert bool(copies) == expected.copy_first
+    keep, new, copied = expected
+    assert (bool(copies), len(table.blocks), table.blocks[:keep]) == (
+        copied,
+        keep + new,
+        before[:keep],
+    )
     assert all((s, t) == (before[start // 4], table.blocks[start // 4]) for s, t in copies)
     assert len(table.blocks) == blocks_for(end, 4)
     check_pool(pool, [table.blocks, fork.blocks])

@@ -1,14 +1,13 @@
 """What one sequence has read is found by all others, and evicted from the end."""
 
-from typing import Any
-
 import pytest
 
 from recollect.engine.audit import check_cache
-from recollect.kv import prefix
+from recollect.kv import accounts
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Names, chained_key, namespace_key
+from recollect.types import Parts
 
 SIZE = 4
 
@@ -21,8 +20,8 @@ def pool() -> BlockPool:
 class Cache(PrefixCache):
     """A cache that says which pool its blocks are of."""
 
-    def __init__(self, pool: BlockPool, names: Names, **options: Any) -> None:
-        super().__init__(pool, names, **options)
+    def __init__(self, pool: BlockPool, names: Names, parts: Parts = "cut") -> None:
+        super().__init__(pool, names, parts)
         self.pool = pool
 
 
@@ -33,7 +32,7 @@ def cache(pool: BlockPool) -> Cache:
 
 @pytest.fixture
 def of_whole_blocks() -> Cache:
-    return Cache(BlockPool(16, SIZE), Names("model"), whole_blocks_only=True)
+    return Cache(BlockPool(16, SIZE), Names("model"), "none")
 
 
 def left(cache: Cache, ids: list[int], namespace: str = "") -> list[CachedBlock]:
@@ -54,7 +53,7 @@ def found(cache: Cache, ids: list[int], namespace: str = "") -> int:
 
 @pytest.fixture
 def of_whole_tails() -> Cache:
-    return Cache(BlockPool(16, SIZE), Names("model"), whole_blocks_only=True, whole_tails=True)
+    return Cache(BlockPool(16, SIZE), Names("model"), "whole")
 
 
 def test_a_part_is_kept_and_found_whole_where_it_cannot_be_cut(of_whole_tails: Cache) -> None:
@@ -139,7 +138,7 @@ def test_what_was_evicted_is_still_known_by_name(
     cache: Cache, pool: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def computed(*ids: int, namespace: str = "") -> int:
-        return cache.computed_tokens(cache.root(namespace), ids)
+        return cache.accounts.computed_tokens(cache.root(namespace), ids)
 
     left(cache, [*range(10)])
     assert computed(*range(12)) == 8, "whole blocks"
@@ -150,7 +149,7 @@ def test_what_was_evicted_is_still_known_by_name(
     assert computed(*range(12), namespace="other") == 0
     left(cache, [*range(4)])
     assert computed(*range(12)) == 8, "the first is there, and the second was"
-    monkeypatch.setattr(prefix, "MOST_EVICTED_NAMES", 5)
+    monkeypatch.setattr(accounts, "MOST_EVICTED_NAMES", 5)
     for number in range(100, 108):
         left(cache, [number] * SIZE)
         cache.evict(16)
@@ -201,18 +200,16 @@ def test_a_block_can_be_taken_back_by_the_only_one_that_holds_it(
     cache: Cache, pool: BlockPool
 ) -> None:
     first, second = left(cache, [1] * 6)
-    root = cache.root()
-    assert not cache.forget(first, second.block), "nobody asks for it"
+    assert not cache.forget(second.block), "nobody asks for it"
     pool.retain([first.block, second.block])
-    assert not cache.forget(root, first.block), "something follows it"
-    assert not cache.forget(root, second.block), "it is elsewhere"
+    assert not cache.forget(first.block), "something follows it"
     cache.pin(second)
-    assert not cache.forget(first, second.block), "it is pinned"
+    assert not cache.forget(second.block), "it is pinned"
     cache.unpin(second)
     pool.retain([second.block])
-    assert not cache.forget(first, second.block), "a third holds it"
+    assert not cache.forget(second.block), "a third holds it"
     pool.release([second.block])
-    assert cache.forget(first, second.block)
+    assert cache.forget(second.block)
     assert pool.references(second.block) == 1
     check_cache(cache)
 

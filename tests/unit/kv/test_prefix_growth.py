@@ -233,10 +233,10 @@ def test_siblings_are_found_in_any_order() -> None:
     check_siblings(siblings)
     assert siblings.nearest((1, 2, 4)) in [(made[1, 2, 3], 2), (made[1, 2], 2)]
     assert siblings.nearest((7,)) == (None, 0)
-    assert siblings.beginning_with((1, 2)) is made[1, 2]
-    assert siblings.longer_than((1, 2)) is made[1, 2, 3]
-    assert siblings.longer_than((3, 1)) is None
+    assert siblings.nearest((1, 2)) == (made[1, 2], 2)
+    assert [siblings.cover(one) for one in [(1, 2), (3, 1), (9,)]] == [True, False, False]
     assert siblings.parts_of((1, 2, 3, 4)) == [made[1,], made[1, 2], made[1, 2, 3]]
+    assert siblings.parts_of((1, 2)) == [made[1,], made[1, 2]]
     del siblings[1, 2]
     check_siblings(siblings)
     assert siblings.parts_of((1, 2)) == [made[1,]]
