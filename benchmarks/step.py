@@ -147,8 +147,8 @@ def main() -> int:
             "steps": steps,
             "others_load": load.others(),
         }
-        for count, found in steps.items():
-            say(f"{count} sequences, ms: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+        for name, times in steps.items():
+            say(f"{name} sequences: " + ", ".join(f"{k} {v:.2f}" for k, v in times.items()))
         report(f"step-{Path(model.name).name}", model, result, save=arguments.save)
     return 0 if steps["4"]["between_ms"] <= MOST_BETWEEN_MS else 1
 
