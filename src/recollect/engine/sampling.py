@@ -284,7 +284,8 @@ class LogitsDecoder:
 
     def next_token(self, ask: Ask) -> Drawn:
         """Have the logits after the history computed, and choose; the last token of a grammar ends it."""
-        self._engine.compute([ask.sequence])
+        if ask.sequence.logits is None:  # on the engine's thread they are known
+            self._engine.compute([ask.sequence])
         logits = ask.sequence.logits
         assert logits is not None, "compute() leaves the logits known"
         params, token, reply = ask.params, ask.forced, list(ask.reply)
