@@ -1,16 +1,29 @@
-"""smollm2 on llama.cpp: its file's values, its tokenizer, and reuse that survives a restart."""
+"""
+smollm2 on llama.cpp: its file's values, its tokenizer, and reuse that survives a restart.
 
-from collections.abc import Iterator
+And what finds a fault there: each is planted on the real weights, and the proof is run again.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import recollect
 from recollect import config
-from recollect.conversation.formats import load_tokenizer
+from recollect.conversation.formats import RunOptions, load_runtime, load_tokenizer
+from recollect.kv.disk import DiskStore
 from recollect.models.prepare import prepare
-from recollect.proof.verify import compare_with_file, verify
+from recollect.proof.verify import EXACT_LIMIT, compare_with_file, verify
+from recollect.runtime import llamacpp
+from recollect.runtime.base import Logits, Row
+from recollect.runtime.llama_library import LlamaLibrary
+from recollect.runtime.llama_state import Bytes, Layout
+from recollect.runtime.llamacpp import LlamaCppRuntime
 from recollect.types import SamplingParams
 
 pytestmark = pytest.mark.model
@@ -42,9 +55,16 @@ def test_its_tokenizer_is_the_one_that_the_file_is_converted_with() -> None:
     assert as_it_is.control_tokens.ids == converted.control_tokens.ids
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[recollect.Model]:
-    with recollect.load("smollm2", profile="exact", runtime="llama", kv_disk=0) as model:
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[], recollect.Model]:
+    """Return what loads the model over a store of its own: what a fault spoils stays there."""
+    store = DiskStore(tmp_path / "kv", budget_bytes=1 << 30)
+    return partial(recollect.load, "smollm2", profile="exact", runtime="llama", store=store)
+
+
+@pytest.fixture
+def model(load: Callable[[], recollect.Model]) -> Iterator[recollect.Model]:
+    with load() as model:
         yield model
 
 
@@ -55,7 +75,119 @@ def test_the_model_that_runs_is_the_one_in_the_file(model: recollect.Model) -> N
 
 
 def test_reuse_equals_a_fresh_prefill(model: recollect.Model) -> None:
-    assert verify(model, operations=12, seed=3, boundary_s=5).passed
+    report = verify(model, operations=12, seed=3, boundary_s=5)
+    assert report.passed
+    assert report.largest.logits < EXACT_LIMIT / 2
+    assert report.restored_tokens > 100
+
+
+def test_wrong_rope_is_seen_beside_the_file_alone(
+    load: Callable[[], recollect.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fresh prefill has the same fault, so that reuse equals it."""
+    context_params = LlamaLibrary.context_params
+
+    def with_another_base(self: LlamaLibrary) -> Any:
+        params = context_params(self)
+        params.rope_freq_base = 50_000.0
+        return params
+
+    monkeypatch.setattr(LlamaLibrary, "context_params", with_another_base)
+    with load() as model:
+        assert verify(model, operations=3, seed=3, boundary_s=1).passed
+        report = compare_with_file(model)
+        assert report.outcome == "FAIL"
+        assert report.largest > 100 * EXACT_LIMIT
+
+
+def a_foreign_block(join: Any) -> Any:
+    def with_another(self: Layout, blocks: Bytes, sequence: int, length: int) -> Bytes:
+        others = blocks.copy()
+        others[1:2] = blocks[:1]
+        joined: Bytes = join(self, others, sequence, length)
+        return joined
+
+    return with_another
+
+
+def zeroed_bytes(cut: Any) -> Any:
+    def without_a_layer(self: Layout, *given: Any) -> Bytes:
+        blocks: Bytes = cut(self, *given)
+        blocks[:, -blocks.shape[1] // 60 :] = 0  # the values of the last of thirty layers
+        return blocks
+
+    return without_a_layer
+
+
+@pytest.mark.parametrize(("seam", "fault"), [("join", a_foreign_block), ("cut", zeroed_bytes)])
+def test_wrong_bytes_of_a_block_fail(
+    seam: str,
+    fault: Callable[[Any], Any],
+    load: Callable[[], recollect.Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with load() as model:  # whose arrangement is learned as it is
+        monkeypatch.setattr(Layout, seam, fault(getattr(Layout, seam)))
+        report = verify(model, operations=12, seed=3, boundary_s=1)
+    assert not report.passed
+    assert report.largest.logits > 10 * EXACT_LIMIT
+
+
+def test_a_hole_of_one_token_fails(
+    load: Callable[[], recollect.Model], plant_hole: Callable[[], None]
+) -> None:
+    with load() as model:
+        plant_hole()
+        report = verify(model, operations=14, seed=7, boundary_s=1)
+    assert not report.passed
+    assert report.largest.logits > 10 * EXACT_LIMIT
+
+
+def by_length(lane: llamacpp.Marks, wanted: llamacpp.Marks) -> int:
+    """Match a lane as where ids alone decide, of histories whose ids are the same."""
+    return min(len(lane), len(wanted))
+
+
+def test_a_lane_that_serves_too_much_fails(
+    load: Callable[[], recollect.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamacpp, "common_length", by_length)
+    with load() as model:
+        report = verify(model, operations=12, seed=3, boundary_s=1)
+    assert not report.passed
+    assert report.largest.logits > 10 * EXACT_LIMIT
+
+
+def test_a_lane_matched_by_ids_alone_would_hide_kv_from_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The blocks are the truth: a lane with the same ids does not serve for other bytes."""
+    local = replace(prepare("smollm2", home=config.home(), runtime="llama"), context_length=512)
+    runtime = load_runtime(local, RunOptions(profile="exact", home=config.home()))
+    assert isinstance(runtime, LlamaCppRuntime)
+    text = load_tokenizer(local).encode("The Nile flows north through eleven countries. " * 20)
+    ids, other = text[:96], text[40:136]
+    content = memoryview(bytearray(runtime.info.bytes_per_block))
+
+    def run(ids: list[int], blocks: list[int], past: int) -> Logits:
+        logits: Logits = runtime.forward([Row(ids[past:], past, blocks)]).logits[0]
+        return logits
+
+    def difference_with_other_bytes() -> float:
+        run(ids, [0, 1, 2], 0)
+        runtime.write_block(1, content)
+        return float(np.abs(run(ids, [0, 1, 2], 64) - expected).max())
+
+    try:
+        runtime.allocate(16)
+        expected = run(ids, [0, 1, 2], 0)
+        run(other, [10, 11, 12], 0)
+        runtime.read_block(11, content)
+        assert difference_with_other_bytes() > 100 * EXACT_LIMIT
+        monkeypatch.setattr(llamacpp, "common_length", by_length)
+        assert difference_with_other_bytes() < EXACT_LIMIT  # so the test above would not hold
+    finally:
+        runtime.close()
 
 
 def test_a_conversation_goes_on_from_the_disk(tmp_path: Path) -> None:
