@@ -4,13 +4,17 @@ Fixtures that every part's tests share, and the Hypothesis profiles.
 Test modules do not import each other; what they share comes from here.
 """
 
+import faulthandler
 import gc
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -119,6 +123,31 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
+
+
+MOST_MEMORY_BYTES = 16 << 30
+"""Of the tests' process: two thirds of what there is where all tests run."""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """End tests that take memory without end, and show where: the system would kill them without a word."""
+    status = Path("/proc/self/status")
+    if "CI" not in os.environ or not status.exists():
+        return
+    output = os.dup(1)  # before tests capture it
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            told = re.search(r"RssAnon:\s*(\d+) kB", status.read_text())
+            if told is not None and int(told[1]) << 10 > MOST_MEMORY_BYTES:
+                os.write(
+                    output, b"\nThe tests took too much memory; this is what each thread did.\n"
+                )
+                faulthandler.dump_traceback(output)
+                os._exit(137)
+
+    threading.Thread(target=watch, name="memory", daemon=True).start()
 
 
 @dataclass
