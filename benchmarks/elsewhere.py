@@ -3,10 +3,12 @@ Two real replicas of vLLM: what edits and branches compute, and whether the mode
 
     python benchmarks/elsewhere.py MODEL_FOLDER URL URL --held TOKENS [--json RESULT.json]
 
-1. A short conversation with edits and branches, through recollect and by a client of texts. Tokens
-   computed are vLLM's own counters (prompt tokens less hits of its prefix cache).
-2. A few conversations on both replicas, by conversation (through recollect) and in turn (that client),
-   beside what `fleet` says of as many, as long and on as much memory. TOKENS is what one replica holds.
+1. Conversations with edits and branches, through recollect and by a client of texts: a short one, and the
+   trace of `traces` in which every other turn is asked again, edited or taken back. Tokens computed are
+   vLLM's own counters (prompt tokens less hits of its prefix cache). Replies are drawn at temperature 1.
+2. Conversations on both replicas, more than fit, by conversation (through recollect) and in turn (that
+   client), beside what `fleet` says of as many, as long and on as much memory, where each conversation is
+   on the replica that it was on. TOKENS is what one replica holds.
 3. Which families' grammars of calls vLLM takes.
 
 `.ci/vllm` starts the replicas and runs this. Nothing else may use them.
@@ -15,7 +17,7 @@ Two real replicas of vLLM: what edits and branches compute, and whether the mode
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from http.client import HTTPConnection
@@ -24,7 +26,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import recollect
-from fleet import POLICIES, Fleet, order_of, simulate
+from fleet import POLICIES, Fleet, Policy, order_of, simulate
 from recollect.conversation.model import Model
 from recollect.conversation.tools import Tools
 from recollect.conversation.turn import Reply
@@ -33,13 +35,13 @@ from recollect.errors import InvalidParameterError
 from recollect.text.tool_formats import FORMATS
 from recollect.types import SamplingParams
 from resending import TextClient, compare
-from traces import Trace, text_of
+from traces import TRACES, Trace, text_of
 
 PARAMS: Final = SamplingParams(max_tokens=4, ignore_eos=True)
-SAID: Final = SamplingParams(max_tokens=20, temperature=1.5, seed=1)
-"""Of replies that are sent again: what is drawn so freely is often not what its text is encoded as."""
+SAID: Final = SamplingParams(max_tokens=32, temperature=1.0, seed=1)
+"""Of replies that are sent again: the temperature that OpenAI's API has where nothing is said."""
 FLEET: Final = Fleet(
-    conversations=4, replicas=2, turns=3, tokens=200, held=0, unit=128, at_once=4, begun=0
+    conversations=12, replicas=2, turns=3, tokens=200, held=0, unit=32, at_once=12, begun=0
 )
 _TOOLS: Final = [
     {
@@ -100,21 +102,32 @@ def hold_fleet(model: Model, client: TextClient, fleet: Fleet) -> dict[str, dict
         holder: Any = model if name == "by conversation" else client
         sessions: dict[int, Any] = {}
         lengths: dict[int, int] = {}
+        placed: dict[int, int] = {}
         reusable, before = 0, counted(client.urls)[1]
         for conversation in order_of(fleet):
             session = sessions.get(conversation)
             if session is None:
                 session = sessions[conversation] = holder.session("", params=PARAMS)
             reusable += lengths.get(conversation, 0) // fleet.unit * fleet.unit
+            asked = [one.asked for one in model.replicas()]
             session.respond(_message(model, dice, fleet.tokens))
             model.engine.abort(model.engine.tasks())  # what is read ahead is not in the model
+            for number, one in enumerate(model.replicas()):
+                if one.asked > asked[number]:
+                    placed[conversation] = number
             said: list[Any] = [{"role": one.role, "content": one.content} for one in session.path()]
             text = model.template.render(said, add_generation_prompt=False)
             lengths[conversation] = len(model.tokenizer.encode(text))
         real = (counted(client.urls)[1] - before) / reusable
-        shares[name] = {"real": real, "simulated": simulate(fleet, POLICIES[name])["reused_share"]}
+        policy = POLICIES[name] if name == "in turn" else _placed(placed)
+        shares[name] = {"real": real, "simulated": simulate(fleet, policy)["reused_share"]}
         print(f"fleet, {name}: {shares[name]}", flush=True)
     return shares
+
+
+def _placed(replicas: Mapping[int, int]) -> Policy:
+    """Return the policy that has each conversation on the replica that it was on."""
+    return lambda conversation, _number, _load: replicas[conversation]
 
 
 def _message(model: Model, dice: random.Random, tokens: int) -> str:
@@ -161,17 +174,19 @@ def main() -> None:
     with recollect.load(chosen.model, engine=f"vllm={','.join(chosen.urls)}") as model:
         unit = model.engine.info.reuse.unit
         client = TextClient(chosen.urls, model.tokenizer, model.context_length, chosen.name)
-        trace = Trace("edits and branches", _edits_and_branches)
         one = replace(client, urls=chosen.urls[:1])
-        held = compare(model, one, trace, SAID, lambda: computed(chosen.urls))
-        print(held, flush=True)
-        assert held.front_lost_tokens == 0
-        assert held.front_awaited_tokens <= held.alone_computed_tokens
+        traces = []
+        for trace in (Trace("edits and branches", _edits_and_branches), TRACES[1]):
+            held = compare(model, one, trace, SAID, lambda: computed(chosen.urls))
+            print(held, flush=True)
+            assert held.front_lost_tokens == 0
+            assert held.front_awaited_tokens <= held.alone_computed_tokens
+            traces.append(asdict(held))
         fleet = replace(FLEET, held=chosen.held, unit=unit)
         told = {
             "date": datetime.now(UTC).date().isoformat(),
             "engine": model.engine.info.name,
-            "trace": asdict(held),
+            "traces": traces,
             "grammars_taken": taken_grammars(model),
             "fleet": {**asdict(fleet), "reused_share": hold_fleet(model, client, fleet)},
         }

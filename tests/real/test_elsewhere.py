@@ -1,6 +1,8 @@
-"""A real llama-server behind recollect: ids, reuse, slots, and characters of several tokens."""
+"""A real llama-server behind recollect: ids, reuse, slots, characters of several tokens, all commands."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 
+import httpx
 import pytest
 
 import recollect
@@ -35,7 +38,8 @@ SHORT = SamplingParams(max_tokens=16)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+def llama() -> Iterator[tuple[Path, str]]:
+    """Return the model's file, and what `--engine` says of a server of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -53,14 +57,45 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
                 assert time.monotonic() < end, "llama-server does not answer"
                 assert server.poll() is None, "llama-server ended"
                 time.sleep(0.2)
-            home = tmp_path_factory.mktemp("home")
-            with recollect.load(
-                given, engine=f"llama=http://127.0.0.1:{port}", home=home
-            ) as loaded:
-                yield loaded
+            yield given, f"llama=http://127.0.0.1:{port}"
         finally:
             server.kill()
             server.wait()
+
+
+@pytest.fixture(scope="module")
+def model(llama: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    file, engine = llama
+    home = tmp_path_factory.mktemp("home")
+    with recollect.load(file, engine=engine, home=home) as loaded:
+        yield loaded
+
+
+def _command(llama: tuple[Path, str], home: Path, *said: str) -> "subprocess.Popen[str]":
+    """Return a command that runs on the server."""
+    name, *arguments = said
+    file, engine = llama
+    return subprocess.Popen(  # noqa: S603 - our own interpreter and package
+        [sys.executable, "-m", "recollect", name, "-m", str(file), "--engine", engine, *arguments],
+        env={
+            **os.environ,
+            "RECOLLECT_HOME": str(home),
+            "NO_PROXY": "127.0.0.1",
+            "BROWSER": "true",  # a program that does nothing, and says that it could
+            "PYTHONUTF8": "1",
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ended(process: "subprocess.Popen[str]", typed: str = "") -> str:
+    """Return what a command printed that ends by itself, with success."""
+    told, wrong = process.communicate(typed, timeout=600)
+    assert process.returncode == 0, told + wrong
+    return told
 
 
 def _answers(port: int) -> bool:
@@ -116,3 +151,78 @@ def test_a_schema_is_followed(model: Model) -> None:
     with model.session(namespace="alice") as session:
         text = session.respond("Give a number as JSON.", params=params).text
     assert text.lstrip().startswith("{")
+
+
+def test_verify_finds_reuse_right(llama: tuple[Path, str], tmp_path: Path) -> None:
+    told = _ended(_command(llama, tmp_path, "verify", "-n", "6"))
+    assert told.splitlines()[-1] == "Reuse: PASS"
+    assert int(re.search(r"([\d,]+) tokens reused", told)[1].replace(",", "")) > 50  # type: ignore[index] # found
+
+
+def test_a_rewound_conversation_answers_as_it_did(llama: tuple[Path, str], tmp_path: Path) -> None:
+    told = _ended(_command(llama, tmp_path, "rewind-test"))
+    assert told.splitlines()[-1] == "rewind test OK"
+
+
+def test_scenarios_are_played(llama: tuple[Path, str], tmp_path: Path) -> None:
+    path = tmp_path / "scenarios.json"
+    told = _ended(_command(llama, tmp_path, "scenarios", "--json", str(path)))
+    assert "elsewhere" in told
+    summary = json.loads(path.read_text("utf-8"))["summary"]
+    assert summary["computed_tokens_with_reuse"] < summary["computed_tokens_full"] / 2
+
+
+def test_bench_measures_what_reuse_saves(llama: tuple[Path, str], tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    lengths = ("--input", "200", "--output", "4", "--input2", "20", "--output2", "4")
+    counts = ("--iterations", "2", "--turns", "0")
+    told = _ended(_command(llama, tmp_path, "bench", *lengths, *counts, "--json", str(path)))
+    assert "Energy: cannot be read here" in told
+    result = json.loads(path.read_text("utf-8"))
+    for one in result["iterations"]:
+        without, reuse = one["without"]["second"], one["reuse"]["second"]
+        assert without["computed_tokens"] == 224
+        assert reuse["reused_tokens"] >= 202
+    assert result["summary"]["ttft_ratio"] < 0.8
+
+
+def test_a_chat_is_kept_and_goes_on(llama: tuple[Path, str], tmp_path: Path) -> None:
+    how = ("--temperature", "0", "--max-tokens", "12", "--json")
+    asked = ("chat", "My name is Alex.", "--name", "kept", *how)
+    first = json.loads(_ended(_command(llama, tmp_path, *asked)))
+    asked = ("chat", "What is my name?", "--resume", "kept", *how)
+    again = json.loads(_ended(_command(llama, tmp_path, *asked)))
+    assert first["reply"]
+    assert again["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"] + 12
+    # Another process knows nothing of what a slot holds, and trusts none of it.
+    assert again["usage"]["reused_tokens"] == 0
+
+
+@pytest.mark.parametrize("command", ["serve", "web"])
+def test_clients_and_the_page_are_served(
+    command: str, llama: tuple[Path, str], tmp_path: Path
+) -> None:
+    process = _command(llama, tmp_path, command, "--port", "0")
+    try:
+        assert process.stderr is not None
+        found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)
+        url = next(one[0] for one in found if one)
+        with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+            if command == "web":
+                assert (
+                    "text/html"
+                    in client.get("/", headers={"Accept": "text/html"}).headers["content-type"]
+                )
+            said = [{"role": "user", "content": "My name is Alex. Say hello to me."}]
+            reused = []
+            for _ in range(2):
+                body = {"messages": said, "max_tokens": 12, "temperature": 0}
+                answer = client.post("/v1/chat/completions", json=body).json()
+                reused.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+                said += [answer["choices"][0]["message"], {"role": "user", "content": "And now?"}]
+            assert reused[1] > reused[0]
+            assert client.get("/health").json()["engines"] == {"up": 1, "all": 1}
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0

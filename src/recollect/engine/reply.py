@@ -19,9 +19,8 @@ from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, Final, Self
 
-from recollect.engine.decoder import Likelihood
+from recollect.engine.decoder import AlignedLogprobs, Likelihood
 from recollect.engine.engine import Engine
-from recollect.engine.logprobs import AlignedLogprobs
 from recollect.engine.repetition import Repetition
 from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
