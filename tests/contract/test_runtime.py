@@ -201,25 +201,24 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_rows_are_a_runtime_failure_and_other_kv_is_as_it_was(
-    runtime: PagedRuntime, case: str
-) -> None:
+def test_bad_rows_are_a_runtime_failure_and_other_kv_is_as_it_was(runtime: PagedRuntime) -> None:
     ids = ids_of(40)
+    whole = run(runtime, ids, [22, 23])
     run(runtime, ids[:-1], [20, 21])
-    with pytest.raises(RuntimeFailure):
-        runtime.forward(BAD_ROWS[case])
-    assert same(
-        run(runtime, ids, [22, 23]), runtime.forward([Row(ids[-1:], 39, [20, 21])]).logits[0]
-    )
+    for case, rows in BAD_ROWS.items():
+        try:
+            runtime.forward(rows)
+        except RuntimeFailure:
+            again = runtime.forward([Row(ids[-1:], 39, [20, 21])]).logits[0]
+            assert same(whole, again), case
+        else:
+            pytest.fail(f"not refused: {case}")
 
 
-@pytest.mark.parametrize("pair", [(0, 24), (24, 0), (-1, 0), (0, -1)])
-def test_copying_blocks_that_do_not_exist_is_a_runtime_failure(
-    runtime: PagedRuntime, pair: tuple[int, int]
-) -> None:
-    with pytest.raises(RuntimeFailure):
-        runtime.copy_blocks([pair])
+def test_copying_blocks_that_do_not_exist_is_a_runtime_failure(runtime: PagedRuntime) -> None:
+    for pair in [(0, 24), (24, 0), (-1, 0), (0, -1)]:
+        with pytest.raises(RuntimeFailure):
+            runtime.copy_blocks([pair])
 
 
 def test_before_allocate_and_after_close_it_is_misuse(

@@ -119,38 +119,38 @@ def test_a_call_that_is_cut_does_not_end_and_is_none_of_the_replys() -> None:
     assert parse_reply(f"Well. {cut}").content == "Well."
 
 
-@pytest.mark.parametrize("length", range(len(PARIS)))
-def test_wherever_a_reply_is_cut_its_call_is_no_text(length: int) -> None:
+def test_wherever_a_reply_is_cut_its_call_is_no_text() -> None:
     """And the whole says what the events say, part of a call included."""
-    cut = f"Well. {PARIS[:length]}"
-    parser = ToolCallParser("id_")
-    told = [*parser.push(cut), *parser.finish(is_cut=True)]
-    text = "".join(event.text for event in told if isinstance(event, TextDelta))
-    begun = min(length, len("<tool"))
-    assert text in ("Well.", "Well. ", f"Well. {PARIS[:begun]}")
-    assert "<tool" not in text
-    parsed = parse_reply(cut, "id_", is_cut=True)
-    assert parsed.content == text
-    arguments = "".join(event.text for event in told if isinstance(event, ArgumentsDelta))
-    started = [event for event in told if isinstance(event, CallStarted)]
-    assert parsed.calls == tuple(ToolCall(one.id, one.name, arguments) for one in started)
-    is_inside = len("<tool") <= length < PARIS.index("}\n</tool_call>")
-    assert parsed.ended == ("call" if is_inside else None)
-    assert parse_reply(cut, "id_").ended is None, "it has ended by itself"
+    for length in range(len(PARIS)):
+        cut = f"Well. {PARIS[:length]}"
+        parser = ToolCallParser("id_")
+        told = [*parser.push(cut), *parser.finish(is_cut=True)]
+        text = "".join(event.text for event in told if isinstance(event, TextDelta))
+        begun = min(length, len("<tool"))
+        assert text in ("Well.", "Well. ", f"Well. {PARIS[:begun]}")
+        assert "<tool" not in text
+        parsed = parse_reply(cut, "id_", is_cut=True)
+        assert parsed.content == text
+        arguments = "".join(event.text for event in told if isinstance(event, ArgumentsDelta))
+        started = [event for event in told if isinstance(event, CallStarted)]
+        assert parsed.calls == tuple(ToolCall(one.id, one.name, arguments) for one in started)
+        is_inside = len("<tool") <= length < PARIS.index("}\n</tool_call>")
+        assert parsed.ended == ("call" if is_inside else None)
+        assert parse_reply(cut, "id_").ended is None, "it has ended by itself"
 
 
-@pytest.mark.parametrize("length", range(len(BARE)))
-def test_the_same_for_a_call_without_marks(length: int) -> None:
-    rules = CallRules(names=("f",))
-    parser = ToolCallParser("id_", rules)
-    told = [*parser.push(BARE[:length]), *parser.finish(is_cut=True)]
-    text = "".join(event.text for event in told if isinstance(event, TextDelta))
-    assert '"name"' not in text
-    parsed = parse_reply(BARE[:length], "id_", rules, is_cut=True)
-    assert parsed.content == text
-    assert len(parsed.calls) == sum(isinstance(event, CallStarted) for event in told)
-    is_inside = length < len(BARE) - 1 and text != BARE[:length].rstrip()
-    assert parsed.ended == ("call" if is_inside else None)
+def test_the_same_for_a_call_without_marks() -> None:
+    for length in range(len(BARE)):
+        rules = CallRules(names=("f",))
+        parser = ToolCallParser("id_", rules)
+        told = [*parser.push(BARE[:length]), *parser.finish(is_cut=True)]
+        text = "".join(event.text for event in told if isinstance(event, TextDelta))
+        assert '"name"' not in text
+        parsed = parse_reply(BARE[:length], "id_", rules, is_cut=True)
+        assert parsed.content == text
+        assert len(parsed.calls) == sum(isinstance(event, CallStarted) for event in told)
+        is_inside = length < len(BARE) - 1 and text != BARE[:length].rstrip()
+        assert parsed.ended == ("call" if is_inside else None)
 
 
 @given(st.lists(FRAGMENTS, max_size=8).map("".join))
