@@ -125,6 +125,7 @@ class _Generation:
         self.task = Task(
             generator.sequence,
             self._generate,
+            forced=generator.forced_tokens,
             hand_over=self.stream.hand_over,
             on_end=self._end,
         )
@@ -531,9 +532,8 @@ class ReplyGeneration:
         read_ahead = len(self._positions_read_ahead() - positions)
         reused = self._start - len(positions) - read_ahead
         whole = warm_tokens(self._computed_before, self._engine.info.reuse.unit)
-        first = generation.first_token_s
-        first_s = generation.last_token_s if first is None else first
-        decode_s = 0.0 if first is None else generation.last_token_s - first
+        first_s = generation.first_token_s or generation.last_token_s
+        decode_s = generation.last_token_s - first_s
         usage = Usage(
             prompt_tokens=self._start,
             reused_tokens=reused,
@@ -541,6 +541,8 @@ class ReplyGeneration:
             computed_tokens=computed + read_ahead,
             read_ahead_tokens=read_ahead,
             generated_tokens=generation.tokens,
+            drafted_tokens=self._sequence.drafted_tokens,
+            accepted_tokens=self._sequence.accepted_tokens,
             reasoning_tokens=self._reader.reasoning_tokens,
             ttft_s=first_s - self._since_s,
             prefill_tps=tokens_per_second(computed, first_s - generation.begun_s),

@@ -37,6 +37,8 @@ RECURRENT_BLOCK_SIZE: Final = 256
 """The same where each block also has a recurrent state, which may be as large as the KV of many tokens."""
 MOST_LANES: Final = 4
 """Sequences of the library: each has KV for a full context, besides what the blocks have."""
+MOST_DRAFTED: Final = 31
+"""Guesses in a pass, whose logits take memory: 19 MB where there are 151,936 of them after each."""
 MOST_FED: Final = 2048
 """Most tokens in one call; more are several calls."""
 _CELL_STEP: Final = 256
@@ -238,8 +240,8 @@ class LlamaModel:
         cells = -(-cells // _CELL_STEP) * _CELL_STEP
         params.n_ctx, params.n_seq_max = cells * lanes, lanes
         params.n_batch, params.n_ubatch = MOST_FED, min(512, MOST_FED)
-        # One for each lane: by default there is memory for all tokens' logits.
-        params.n_outputs_max = lanes
+        # By default there is memory for all tokens' logits, which is far more.
+        params.n_outputs_max = lanes + MOST_DRAFTED
         params.kv_unified, params.swa_full = False, True
         params.type_k = params.type_v = KV_TYPES[self.kv_type]
         params.flash_attn_type = int(self.flash_attention)
@@ -264,9 +266,9 @@ class LlamaModel:
             f"{card:,} bytes on the card, of which {self._free_on_cards():,} are free, and {there}"
         )
 
-    def decode(self, parts: Sequence[tuple[int, int, Sequence[int], bool]]) -> list[Logits | None]:
+    def decode(self, parts: Sequence[tuple[int, int, Sequence[int], int]]) -> list[list[Logits]]:
         """
-        Compute `(lane, position, token ids, wants logits)` each; return the logits after their last tokens.
+        Compute `(lane, position, token ids, places)` each; return logits after so many of their last tokens.
 
         The library lets go of the interpreter's lock meanwhile.
 
@@ -287,8 +289,9 @@ class LlamaModel:
         owners = np.repeat(addresses, lengths)
         ones = np.ones(len(tokens), np.int32)
         outputs = np.zeros(len(tokens), np.int8)
-        last = np.cumsum(lengths) - 1
-        outputs[last] = [wants for _, _, _, wants in parts]
+        ends = np.cumsum(lengths).tolist()
+        wanted = [range(end - part[3], end) for end, part in zip(ends, parts, strict=True)]
+        outputs[[place for one in wanted for place in one]] = 1
         batch = Batch(
             len(tokens),
             tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
@@ -308,10 +311,7 @@ class LlamaModel:
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
                 + (lost if self.layers_on_card else "")
             )
-        return [
-            self._logits(int(place)) if wants else None
-            for place, (_, _, _, wants) in zip(last, parts, strict=True)
-        ]
+        return [[self._logits(place) for place in one] for one in wanted]
 
     def _logits(self, place: int) -> Logits:
         address = self.lib.llama_get_logits_ith(self._context, place)
@@ -363,7 +363,7 @@ class LlamaModel:
         ids = [min(number + 1, self.vocab_size - 1) for number in range(_LEARNED_CELLS)]
         states = []
         for past in (0, _LEARNED_CELLS):
-            self.decode([(1, past, ids, False)])
+            self.decode([(1, past, ids, 0)])
             states.append(self.state(1))
         per_token = (len(states[1]) - len(states[0])) / _LEARNED_CELLS
         self.state_bytes = len(states[0]) - per_token * _LEARNED_CELLS, per_token
@@ -419,6 +419,7 @@ class LlamaModel:
             ),
             pace=Pace() if device == "CPU" else _CARD_PACE,
             lanes=None if layout is None else lanes,
+            most_drafted=0 if layout is None or layout.recurrent else MOST_DRAFTED,
         )
 
     def _share_on_cards(self) -> float:
