@@ -362,13 +362,13 @@ class ModelOptions:
         ),
     ] = None
 
-    draft: Annotated[
+    no_draft: Annotated[
         bool,
         typer.Option(
-            "--draft/--no-draft",
-            help="Take several tokens from one pass where a reply repeats what was said.",
+            "--no-draft",
+            help="Compute each token in a pass of its own, also where a reply repeats what was said.",
         ),
-    ] = True
+    ] = False
 
     def check(self) -> None:
         """
@@ -441,7 +441,7 @@ class ModelOptions:
                 progress=progress,
                 offline=self.offline or None,
                 engine=self.engine,
-                draft=self.draft,
+                draft=not self.no_draft,
             )
         if self.engine is None and self.runtime == "auto" and model.local.format == "gguf":
             device = model.engine.info.device
