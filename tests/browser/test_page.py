@@ -273,6 +273,55 @@ def test_older_conversations_stay_in_the_list(quick: Any, windows: Callable[...,
     until(page, f"document.querySelectorAll('.entry').length === {before}")
 
 
+def test_a_tree_is_read_once_at_a_time_however_much_happens(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    """An answer that comes late would cover what a later one has brought."""
+    made = counting(quick.url)
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".live.on").wait_for()
+    page.locator(".message.assistant").wait_for()
+    page.wait_for_timeout(500)
+    waiting: list[Any] = []
+    page.route(re.compile("/tree"), lambda route: waiting.append(route))  # noqa: PLW0108 - as above
+    for number in range(4):
+        api(quick.url, f"/v1/conversations/{made}/fork", {"name": f"idea-{number}"})
+        page.wait_for_timeout(400)
+    assert len(waiting) == 1
+    waiting[0].continue_()
+    while len(waiting) < 2:
+        page.wait_for_timeout(50)
+    page.wait_for_timeout(400)
+    assert len(waiting) == 2
+    waiting[1].continue_()
+    page.locator(".where .tag", has_text="idea-3").wait_for()
+    page.wait_for_timeout(400)
+    assert len(waiting) == 2
+
+
+def test_a_place_that_one_goes_to_while_a_tree_is_read_stays(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    made = counting(quick.url)
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".live.on").wait_for()
+    page.locator(".message.assistant").wait_for()
+    page.wait_for_timeout(500)
+    waiting: list[Any] = []
+    page.route(re.compile("/tree"), lambda route: waiting.append(route))  # noqa: PLW0108 - as above
+    body = {"conversation": made, "input": "Said elsewhere", "max_output_tokens": 4}
+    api(quick.url, "/v1/responses", body)
+    while not waiting:
+        page.wait_for_timeout(50)
+    page.locator(".card").first.click()
+    while page.locator(".card.user", has_text="Said elsewhere").count() == 0:
+        while waiting:
+            waiting.pop().continue_()
+        page.wait_for_timeout(50)
+    page.wait_for_timeout(400)
+    assert page.locator(".message").count() == 1
+
+
 def test_what_is_found_too_late_does_not_cover_the_list(
     quick: Any, windows: Callable[..., Any]
 ) -> None:
@@ -628,6 +677,84 @@ def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
     assert max(counts) <= MOST_ELEMENTS
     assert "2,000 messages" in page.locator(".head-title").inner_text()
     # What is folded is not drawn, and a dot leads to its message.
+    frame.press("0")
     frame.press("Home")
     frame.press(" ")
     page.locator(".fold.folded", has_text="+1999").wait_for()
+
+
+def test_the_view_glides_and_ends_where_a_person_moves_it(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    page = windows(
+        f"{quick.url}#{counting(quick.url)}", reduced_motion="no-preference", has_touch=True
+    )
+    page.locator(".card").nth(1).wait_for()
+    page.wait_for_timeout(500)
+    page.evaluate(
+        """() => {
+          window.scales = [];
+          const cards = document.querySelector('.cards');
+          const scale = () => Number(/scale\\((.*)\\)/.exec(cards.style.transform)[1]);
+          new MutationObserver(() => scales.push(scale())).observe(cards, {attributeFilter: ['style']});
+        }"""
+    )
+    frame = page.get_by_role("tree")
+    frame.press("-")
+    until(page, "scales.at(-1) < 0.7701 && scales.at(-1) > 0.7691")
+    gone = page.evaluate("scales")
+    assert gone == sorted(gone, reverse=True)
+    # A wheel in the middle of a glide: it goes on from there, and the glide does not.
+    box = frame.bounding_box()
+    page.mouse.move(box["x"] + 40, box["y"] + 40)
+    before = page.evaluate(
+        """() => {
+          document.querySelector('.tree-frame').dispatchEvent(
+            new KeyboardEvent('keydown', {key: '-', bubbles: true}));
+          document.querySelector('.tree-frame').dispatchEvent(
+            new WheelEvent('wheel', {deltaY: -200, clientX: 400, clientY: 400, bubbles: true}));
+          return new Promise((done) => setTimeout(() => done(scales.at(-1)), 400));
+        }"""
+    )
+    assert before > gone[-1]
+    # A finger that taps twice looks closer.
+    for _ in range(2):
+        page.touchscreen.tap(box["x"] + 40, box["y"] + 40)
+    until(page, f"scales.at(-1) > {before}")
+
+
+def test_laying_out_a_long_conversation_takes_steps_by_its_length(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    """Counted: how often the library sets a height, and names of branches are gone through."""
+    page = windows(quick.url)
+    page.locator(".live.on").wait_for()
+    counts = page.evaluate(
+        """async () => {
+          const [{layout, readTree, branchesAt}, {hierarchy}] =
+            await Promise.all([import("/web/tree.js"), import("/web/vendor/d3-hierarchy.mjs")]);
+          const found = {heights: 0, names: 0, places: 0, standing: 0};
+          Object.defineProperty(hierarchy.prototype, "height", {
+            get() { return this.kept },
+            set(value) { found.heights += 1; this.kept = value },
+          });
+          const size = 5000;
+          const nodes = [...Array(size)].map((_, number) => ({
+            id: `${number}`, parent_id: number ? `${number - 1}` : null, role: "user", items: [],
+          }));
+          const names = Object.fromEntries(nodes.map(({id}) => [`branch-${id}`, id]));
+          const tips = new Proxy(names, {
+            get(all, name) { found.names += 1; return all[name] },
+          });
+          const tree = readTree({id: "one", nodes, tips, checkpoints: {}});
+          const places = layout(tree, new Set());
+          found.places = places.size;
+          found.last = places.get(`${size - 1}`).y - places.get("0").y;
+          for (const {id} of nodes) found.standing += branchesAt(tree, id).length;
+          return found;
+        }"""
+    )
+    assert counts["places"] == counts["standing"] == 5000
+    assert counts["last"] == 4999 * 122
+    assert counts["heights"] <= 2 * 5001
+    assert counts["names"] <= 2 * 5000

@@ -18,10 +18,7 @@ LANGUAGES = (
     *("bash", "cpp", "diff", "go", "java", "javascript", "json", "markdown"),
     *("python", "rust", "xml", "yaml"),
 )
-D3 = (
-    *("color", "dispatch", "drag", "ease", "hierarchy"),
-    *("interpolate", "selection", "timer", "transition", "zoom"),
-)
+D3 = ("dispatch", "drag", "hierarchy", "selection", "zoom")
 FILES: dict[str, dict[str, str]] = {
     "preact": {"dist/preact.mjs": "preact.mjs", "hooks/dist/hooks.mjs": "preact-hooks.mjs"},
     "@preact/signals": {"dist/signals.mjs": "signals.mjs"},

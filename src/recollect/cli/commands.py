@@ -338,7 +338,8 @@ def new(chat: Chat, _rest: str) -> None:
 def model(chat: Chat, rest: str) -> None:
     """Go on with another model, or say which one replies."""
     if not rest:
-        chat.note(f"{chat.model.name}, profile {chat.model.profile}; /model NAME changes it.")
+        how = chat.model.elsewhere or f"profile {chat.model.profile}"
+        chat.note(f"{chat.model.name}, {how}; /model NAME changes it.")
         return
     change_model(chat, rest)
     said = (

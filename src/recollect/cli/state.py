@@ -370,11 +370,12 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
     with engine.lock:  # one moment for all counters
         computed, passes = engine.computed_tokens, engine.forward_passes
         memory, pressure = _memory(engine), _pressure(engine)
+    how = chat.model.elsewhere or f"profile {chat.model.profile}"
     turns = sum(node.role == "assistant" for node in chat.session.tree.nodes())
     usage = chat.session.tip.usage
     history = 0 if usage is None else usage["prompt_tokens"] + usage["generated_tokens"]
     return [
-        ("model", f"{chat.model.name}, profile {chat.model.profile}"),
+        ("model", f"{chat.model.name}, {how}"),
         ("runtime", engine.info.name),
         ("saved as", _saved_as(chat)),
         (
@@ -475,7 +476,9 @@ _MOST_CHARACTERS: Final = 600
 def welcome(chat: Chat) -> None:
     """Say what is spoken to, and show the end of what was said before."""
     model = chat.model
-    chat.note(f"{model.name} · {model.profile} · {model.context_length:,} tokens of context")
+    chat.note(
+        f"{model.name} · {model.elsewhere or model.profile} · {model.context_length:,} tokens of context"
+    )
     chat.note("? lists commands and keys, Ctrl-D leaves")
     if not chat.session.conversation.is_saved:
         chat.note("Nothing of this chat is saved (--no-save).")

@@ -7,10 +7,12 @@ own text and its own blocks alone. One path is encoded as a reply would encode i
 template shows it otherwise, some nodes are encoded one by one, and the others are marked as estimated.
 """
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, Literal
+from weakref import ref
 
 from recollect.conversation.prompt import ToolSchemas
 from recollect.conversation.tree import Node
@@ -208,6 +210,31 @@ class _State:
     """What is shown after that, and has to be encoded together with what follows."""
 
 
+class Encodings:
+    """
+    What the messages of one tree add to a prompt of one model with some tools; nothing of where KV is.
+
+    Whoever asks for costs in a tree again and again keeps it as long as the tree, so that no message is
+    rendered, compared or encoded twice. May be shared by threads.
+    """
+
+    def __init__(self, model: ModelParts, tools: ToolSchemas) -> None:
+        self._prompts: Final = ref(model.prompts)
+        self.tools: Final = list(tools)
+        self.between: Final[dict[tuple[_Kind, _Kind], str]] = {}
+        """What the template puts between two messages."""
+        self.refused: Final[set[tuple[_Kind, _Kind]]] = set()
+        """Between which it cannot be told."""
+        self.added: Final[dict[Node, tuple[array[int], Shown]]] = {}
+        """The ids that a message adds to those before it, and what is encoded with what follows it."""
+        self.as_shown: Final[dict[Node, bool]] = {}
+        """Of nodes that were compared, whether the template shows their path as it is taken to."""
+
+    def fits(self, model: ModelParts, tools: ToolSchemas) -> bool:
+        """Return whether it is of a model, as it is loaded now, and of some tools."""
+        return self._prompts() is model.prompts and self.tools == list(tools)
+
+
 class Costs:
     """
     The costs in one tree, for one model and one namespace. Used once, on one thread.
@@ -215,16 +242,28 @@ class Costs:
     Invariant: a node's state is found from its parent's, and once.
     """
 
-    def __init__(self, model: ModelParts, *, namespace: str = "", tools: ToolSchemas = ()) -> None:
+    def __init__(
+        self,
+        model: ModelParts,
+        *,
+        namespace: str = "",
+        tools: ToolSchemas = (),
+        known: Encodings | None = None,
+    ) -> None:
+        """
+        Args:
+            model: With which model one would go on.
+            namespace: Whose KV counts.
+            tools: What would be offered.
+            known: What is known of the tree for that model and these tools, and gets what is found here.
+        """
         self.work: Final = Work()
         """What was done so far."""
         self._engine, self._prompts = model.engine, model.prompts
         self._render = model.template.render
-        self._tools = list(tools)
+        self._known = Encodings(model, tools) if known is None else known
         self._walks = Walks(model.engine, namespace, self.work)
         self._rates = model.engine.rates()
-        self._between: dict[tuple[_Kind, _Kind], str] = {}
-        self._refused: set[tuple[_Kind, _Kind]] = set()
         self._states: dict[Node, _State] = {}
 
     def of(self, nodes: Sequence[Node], *, first: Sequence[Node] = ()) -> dict[Node, GoingOn]:
@@ -258,20 +297,30 @@ class Costs:
     def _state(self, node: Node) -> _State:
         if node.parent is None:
             return _State(self._walks.root)
-        before, prompts = self._states[node.parent], self._prompts
-        lead = self._lead(node.parent, node)
+        before = self._states[node.parent]
+        if node not in self._known.added:
+            self._known.added[node] = self._added(before.pending, node.parent, node)
+        ids, pending = self._known.added[node]
+        return _State(self._walks.after(before.walk, ids) if ids else before.walk, pending)
+
+    def _added(self, pending: Shown, parent: Node, node: Node) -> "tuple[array[int], Shown]":
+        """Return the ids that a message adds after its parent, and what is encoded with what follows."""
+        prompts, lead = self._prompts, self._lead(parent, node)
         cut = next(prompts.control.begins(lead), 0)
-        walk = self._encoded(before, lead[:cut])
-        pending = Shown(lead[cut:])
+        ids, rest = array("i", self._ids(pending, lead[:cut])), Shown(lead[cut:])
         if node.role == "assistant" and prompts.is_own(node):
-            walk = self._encoded(_State(walk, pending))
-            return _State(self._walks.after(walk, node.token_ids or ()))
-        return _State(walk, pending.followed_by_said(node.content, prompts.control))
+            ids.extend((*self._ids(rest), *(node.token_ids or ())))
+            return ids, Shown("")
+        return ids, rest.followed_by_said(node.content, prompts.control)
+
+    def _ids(self, pending: Shown, more: str = "") -> list[int]:
+        shown = Shown(pending.text + more, pending.breaks)
+        return self._prompts.ids(shown) if shown.text else []
 
     def _encoded(self, state: _State, more: str = "") -> Walk:
         """Return the walk up to the end of what is shown, and of more of it."""
-        shown = Shown(state.pending.text + more, state.pending.breaks)
-        return self._walks.after(state.walk, self._prompts.ids(shown)) if shown.text else state.walk
+        ids = self._ids(state.pending, more)
+        return self._walks.after(state.walk, ids) if ids else state.walk
 
     def _going_on(self, node: Node) -> GoingOn:
         state, ends = self._states[node], self._end_of(node)
@@ -291,17 +340,17 @@ class Costs:
     def _end_of(self, node: Node) -> str:
         """Return what the template puts after a message, before the next one or its reply."""
         pair = _kind(node), _next_kind(node)
-        if pair not in self._between and pair not in self._refused:
+        if pair not in self._known.between and pair not in self._known.refused:
             self._learn(node)
-        return self._between.get(pair, "")
+        return self._known.between.get(pair, "")
 
     def _lead(self, parent: Node, node: Node) -> str:
         pair = _kind(parent), _kind(node)
-        if pair not in self._between and pair not in self._refused:
+        if pair not in self._known.between and pair not in self._known.refused:
             self._learn(node)
-        if pair not in self._between:
-            self._refused.add(pair)
-        return self._between.get(pair, "")
+        if pair not in self._known.between:
+            self._known.refused.add(pair)
+        return self._known.between.get(pair, "")
 
     def _learn(self, node: Node) -> None:
         """Render the path to a node, and take note of what is between its messages."""
@@ -309,7 +358,7 @@ class Costs:
         kinds = [_START, *map(_kind, path), _next_kind(node)]
         pairs = list(pairwise(kinds))
         if self.work.rendered >= MOST_RENDERED:
-            self._refused.update(pair for pair in pairs if pair not in self._between)
+            self._known.refused.update(pair for pair in pairs if pair not in self._known.between)
             return
         self.work.rendered += 1
         prompts, answers = self._prompts, kinds[-1] == _REPLY
@@ -320,29 +369,29 @@ class Costs:
         if not answers:
             messages.append({"role": NEXT, "content": prompts.mark(len(path))})
         try:
-            text = self._render(messages, add_generation_prompt=answers, tools=self._tools)
+            text = self._render(messages, add_generation_prompt=answers, tools=self._known.tools)
         except TemplateError:
-            self._refused.update(pair for pair in pairs if pair not in self._between)
+            self._known.refused.update(pair for pair in pairs if pair not in self._known.between)
             return
         for number, pair in enumerate(pairs):
             mark = prompts.mark(number)
             between, found, after = text.partition(mark)
             if not found and not (answers and number == len(path)):
-                self._refused.add(pair)  # it is not shown, or not in its place
+                self._known.refused.add(pair)  # it is not shown, or not in its place
                 continue
-            self._between.setdefault(pair, between)
+            self._known.between.setdefault(pair, between)
             text = after if found else text
 
     def _is_as_shown(self, node: Node) -> bool:
         """Return whether the ids up to a node, or to one before it, are those that a reply would read."""
-        path = node.path()
-        node = path[:MOST_COMPARED][-1] if path else node
-        ids = self._exact_ids(node)
-        if ids is None:
-            return True  # nobody can go on there
-        exact = self._walks.after(self._walks.root, ids)
-        ends = self._encoded(self._states[node], self._end_of(node))
-        return exact == ends
+        path = node.path()[:MOST_COMPARED]
+        node = path[-1] if path else node
+        if node not in self._known.as_shown:
+            ids = self._exact_ids(node)
+            taken = [token for one in path for token in self._known.added[one][0]]
+            taken += self._ids(self._states[node].pending, self._end_of(node))
+            self._known.as_shown[node] = ids is None or ids == taken  # None: nobody can go on there
+        return self._known.as_shown[node]
 
     def _exact(self, node: Node) -> GoingOn | None:
         ids = self._exact_ids(node)
@@ -359,8 +408,8 @@ class Costs:
         path = node.path()
         try:
             if _next_kind(node) == _REPLY:
-                return self._prompts.encode(path, tools=self._tools).token_ids
-            return self._prompts.encode_typed(path, "", self._tools).token_ids
+                return self._prompts.encode(path, tools=self._known.tools).token_ids
+            return self._prompts.encode_typed(path, "", self._known.tools).token_ids
         except TemplateError:
             return None
 

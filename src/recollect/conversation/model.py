@@ -230,7 +230,7 @@ class Model:
         Args:
             local: The model's files and what they say.
             runtime: The runtime; the model owns it from now on.
-            profile: The profile that the runtime was made for.
+            profile: The profile that the runtime was made for; with an engine elsewhere it has no effect.
             home: The data folder, which has the journal.
             kv_memory: As in `load`.
             store: The KV store, closed with the model; None: KV is in memory only.
@@ -294,6 +294,11 @@ class Model:
     def context_length(self) -> int:
         """Return the most tokens that a prompt may have together with its reply."""
         return self.engine.info.context_length
+
+    @property
+    def elsewhere(self) -> str | None:
+        """Return the engine elsewhere that computes, with its version; None: the model runs here."""
+        return self.engine.info.name if isinstance(self.engine, Decoder) else None
 
     def replicas(self) -> "Sequence[Replica]":
         """Return the replicas of the engine elsewhere that computes; none where the model runs here."""

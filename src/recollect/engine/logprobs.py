@@ -4,7 +4,7 @@ How likely the tokens of a reply are, in step with the text that is given out.
 On its own because a reply that nobody asks this of does without it.
 """
 
-from recollect.engine.sampling import Likelihood
+from recollect.engine.decoder import Likelihood
 from recollect.text.tokenizer import Tokenizer
 from recollect.types import TokenLogprob
 

@@ -19,10 +19,11 @@ from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, Final, Self
 
+from recollect.engine.decoder import Likelihood
 from recollect.engine.engine import Engine
 from recollect.engine.logprobs import AlignedLogprobs
 from recollect.engine.repetition import Repetition
-from recollect.engine.sampling import Generator, Likelihood
+from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
@@ -143,8 +144,7 @@ class _Generation:
         """Generate one token, on the engine's thread; return whether to go on."""
         token = self._generator.generate_next_token()
         self.last_token_s = time.perf_counter()
-        if self.first_token_s is None:
-            self.first_token_s = self.last_token_s
+        self.first_token_s = self.first_token_s or self.last_token_s
         if token is not None:
             self.tokens += 1
             self.stream.put((token, self._generator.likelihood))

@@ -9,14 +9,14 @@ any state to restore. A `Generator` does so for one sequence. Knows no text; `en
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
+from copy import copy
 from dataclasses import dataclass
 from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from recollect.engine.decoder import Ask, Decoder, Drawn
-from recollect.engine.decoder import Likelihood as Likelihood  # noqa: PLC0414 - replies have it from here
+from recollect.engine.decoder import Ask, Decoder, Drawn, Likelihood
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars, GrammarState
 from recollect.engine.sequence import Sequence
@@ -482,7 +482,8 @@ class Generator:
             grammars=self._grammars,
             reasoning=None if self._reasoning is None else self._reasoning.copy(),
         )
-        other._decoder = self._decoder
+        if isinstance(self._decoder, LogitsDecoder):
+            other._decoder = copy(self._decoder)  # with the biases that it has made
         other._params = self._params
         other._grammar = None if self._grammar is None else self._grammar.copy()
         other._likelihood = self._likelihood

@@ -5,11 +5,11 @@ Triggers note each change in the transaction that makes it (`schema`). Here thes
 with the names by which a server's clients know messages. Nothing is written.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from recollect.journal.records import NodeRecord
+from recollect.journal.records import NodeRecord, StoredConversation
 from recollect.journal.rows import NODE_COLUMNS, Row, is_sound, read_name, read_node, read_tip
 from recollect.journal.schema import MOST_CHANGES
 from recollect.journal.statements import Statements
@@ -124,6 +124,56 @@ class _Names:
         number += int(count) if node_id > before else -int(count)
         self._counted[conversation_id] = node_id, number
         return number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A whole conversation as it was after a change."""
+
+    conversation: StoredConversation
+    responses: Mapping[int, str]
+    """The labels of those messages that are responses, by their ids."""
+    change: int
+    """The number of the last note when it was read, or found to be as it was."""
+
+
+def snapshot(
+    sql: Statements, conversation_id: int, namespace: str, known: Snapshot | None
+) -> Snapshot:
+    """
+    Return a conversation as it is now.
+
+    Args:
+        sql: The transaction.
+        conversation_id: Of the conversation.
+        namespace: Whose it is.
+        known: As it was before. Where nothing has changed since, no row of it is read, and what is returned
+            has the same conversation.
+
+    Raises:
+        UnknownConversationError: The namespace has no such conversation.
+        StoreCorruptError, StoreVersionError: As `Statements.load`.
+    """
+    last = last_change(sql)
+    if known is not None and _is_unchanged(sql, conversation_id, known.change, last):
+        return replace(known, change=last)
+    query = (
+        "SELECT node_id, label FROM labels WHERE conversation_id = ? AND node_id IS NOT NULL "
+        "ORDER BY label"
+    )
+    return Snapshot(
+        conversation=sql.load(conversation_id, namespace),
+        responses=dict(sql.connection.execute(query, (conversation_id,)).fetchall()),
+        change=last,
+    )
+
+
+def _is_unchanged(sql: Statements, conversation_id: int, since: int, last: int) -> bool:
+    """Return whether no note after *since* is about a conversation; False where notes were forgotten."""
+    if not 0 <= last - since <= MOST_CHANGES:
+        return False
+    query = "SELECT 1 FROM changes WHERE id > ? AND conversation_id = ? LIMIT 1"
+    return sql.connection.execute(query, (since, conversation_id)).fetchone() is None
 
 
 def last_change(sql: Statements) -> int:

@@ -18,7 +18,8 @@ from typing import Any, Final, Self
 from recollect import config, files
 from recollect.encryption import Cipher
 from recollect.errors import ConfigError, StoreCorruptError, StoreError, UnknownConversationError
-from recollect.journal.changes import Changes, NamesOf, changes_after, last_change, names_of
+from recollect.journal import changes as noted
+from recollect.journal.changes import Changes, NamesOf, Snapshot
 from recollect.journal.database import BUSY_TIMEOUT_S, Database
 from recollect.journal.records import (
     ConversationInfo,
@@ -331,6 +332,18 @@ class Journal:
         with self._reading() as sql:
             return sql.load(name_or_id, namespace)
 
+    def snapshot(
+        self, conversation_id: int, *, namespace: str = "", known: Snapshot | None = None
+    ) -> Snapshot:
+        """
+        Return a whole conversation as it is now; *known*, if nothing has changed since, without reading it.
+
+        Raises:
+            UnknownConversationError, StoreCorruptError, StoreVersionError, StoreError: As `load`.
+        """
+        with self._reading() as sql:
+            return noted.snapshot(sql, conversation_id, namespace, known)
+
     def rename(self, name_or_id: str | int, name: str) -> None:
         """
         Give a conversation another name.
@@ -499,7 +512,7 @@ class Journal:
             StoreError: The file cannot be read.
         """
         with self._reading() as sql:
-            return last_change(sql)
+            return noted.last_change(sql)
 
     def changes(self, after: int, namespaces: Collection[str]) -> Changes:
         """
@@ -509,7 +522,7 @@ class Journal:
             StoreError: The file cannot be read.
         """
         with self._reading() as sql:
-            return changes_after(sql, after, namespaces)
+            return noted.changes_after(sql, after, namespaces)
 
     def names(self, conversation_id: int, node_ids: Sequence[int]) -> NamesOf:
         """
@@ -519,7 +532,7 @@ class Journal:
             StoreError: The file cannot be read.
         """
         with self._reading() as sql:
-            return names_of(sql, conversation_id, node_ids)
+            return noted.names_of(sql, conversation_id, node_ids)
 
     def check(self) -> list[str]:
         """

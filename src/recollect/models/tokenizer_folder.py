@@ -118,6 +118,7 @@ def _open_gguf(path: Path, home: Path, progress: Progress) -> LocalModel:
         eos_token=header.eos_token,
         fingerprint=files.combine([sha256, "gguf"]),
         architecture=header.architecture,
+        boundaries=() if header.window is None else (header.window,),
         sampling=header.sampling,
         source=path,
         source_sha256=sha256,

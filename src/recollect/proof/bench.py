@@ -13,8 +13,13 @@ The share is median(saving) / median(ideal) over the iterations.
 
 As a conversation grows, every turn is timed both ways over the same token ids. Energy is that of the
 processor package, from Linux powercap (intel-rapl, which has AMD's counters too). Prints nothing.
+
+An engine elsewhere is asked in the same ways: without reuse under a salt that is thrown away, with reuse in
+conversations that begin with words of their own. It tells what it computed; times are as this machine sees
+them, the way to the engine and back included; energy is not told.
 """
 
+import secrets
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,6 +33,7 @@ from recollect import files
 from recollect.conversation.model import Model
 from recollect.engine.decoder import Decoder
 from recollect.engine.sampling import Generator
+from recollect.engine.sequence import warm_tokens
 from recollect.errors import ConfigError, ContextFullError, InvalidParameterError, OutOfBlocksError
 from recollect.kv.blocks import blocks_for
 from recollect.types import Progress, SamplingParams, no_progress
@@ -98,6 +104,13 @@ def open_meter(root: Path = POWERCAP) -> EnergyMeter | Unreadable:
     except (OSError, ValueError) as cause:
         return Unreadable(f"the counters cannot be read: {cause}")
     return meter
+
+
+def meter_of(model: Model) -> EnergyMeter | Unreadable:
+    """Return a meter of the machine that computes a model, or why there is none."""
+    if isinstance(model.engine, Decoder):
+        return Unreadable("an engine elsewhere computes, and does not tell it")
+    return open_meter()
 
 
 def _is_package(zone: Path) -> bool:
@@ -192,6 +205,8 @@ def time_response(
     while not generator.is_done():
         generator.generate_next_token()
     last = time.perf_counter()
+    if not computed:  # an engine elsewhere tells it with the last token
+        computed = sequence.fed_tokens - fed_before
     energy = None
     if meter is not None and energy_before is not None:
         energy = meter.joules(energy_before, meter.read())
@@ -320,18 +335,15 @@ def check_room(model: Model, config: BenchConfig) -> None:
     Check that the benchmark can run to its end.
 
     Raises:
-        ConfigError: An engine elsewhere computes.
         ContextFullError: The context is too small for the lengths.
-        OutOfBlocksError: The KV memory is, for two sequences of that length.
+        OutOfBlocksError: The KV memory is, for two sequences of that length; of an engine elsewhere nobody
+            knows it before.
     """
-    if isinstance(model.engine, Decoder):
-        raise ConfigError(
-            "bench compares with KV that nothing shares, which engines elsewhere do not keep apart: leave "
-            "--engine out, or measure the engine with its own tools."
-        )
     needed = config.tokens_needed
     if needed > model.context_length:
         raise ContextFullError(needed=needed, limit=model.context_length)
+    if isinstance(model.engine, Decoder):
+        return
     pool = model.engine.pool
     blocks = 2 * blocks_for(needed, model.engine.block_size)
     if blocks > pool.free_blocks:
@@ -365,6 +377,7 @@ def run_iterations(
     Raises:
         ContextFullError: The context is too small for the lengths. Nothing was run.
         OutOfBlocksError: The KV memory is. Nothing was run.
+        ConfigError: An engine elsewhere reused nothing, so that there is nothing to compare.
     """
     check_room(model, config)
     ids = cut_to_length(model, text, config.input_tokens + config.input2_tokens)
@@ -430,13 +443,18 @@ class _Run:
         return Iteration(cases[False], cases[True], reused, self._prefill_s(reused), reuse_first)
 
     def _case(self, *, reuse: bool) -> Case:
-        config = self.config
-        with closing(Generator(self.model.engine, namespace=None)) as generator:
+        config, model = self.config, self.model
+        if reuse:
+            live, prompt = live_conversation(model, self.prompt)
+            with closing(live):
+                first = self._time(live, prompt, config.output_tokens)
+                second = self._time(live, self.prompt2, config.output2_tokens)
+            require_reuse(model, second, config.input_tokens + config.output_tokens)
+            return Case(first, second)
+        with closing(Generator(model.engine, namespace=None)) as generator:
             first = self._time(generator, self.prompt, config.output_tokens)
-            if reuse:
-                return Case(first, self._time(generator, self.prompt2, config.output2_tokens))
             history = generator.get_sequence()
-        with closing(Generator(self.model.engine, namespace=None)) as generator:
+        with closing(Generator(model.engine, namespace=None)) as generator:
             return Case(first, self._time(generator, history + self.prompt2, config.output2_tokens))
 
     def _prefill_s(self, tokens: int) -> float:
@@ -447,6 +465,52 @@ class _Run:
 
     def _time(self, generator: Generator, new: list[int], tokens: int) -> ResponseSample:
         return time_response(generator, new, tokens, meter=self.meter)
+
+
+_NAMESPACE: Final = "bench"
+
+
+def live_conversation(model: Model, ids: list[int]) -> tuple[Generator, list[int]]:
+    """
+    Return a generator that finds again what it computes itself and nothing else, and a first prompt for it.
+
+    KV elsewhere is found by what a prompt begins with: so it begins with words that were never said. Here the
+    sequence itself holds its KV, and the prompt is *ids*.
+    """
+    if not isinstance(model.engine, Decoder):
+        return Generator(model.engine, namespace=None), ids
+    name = secrets.token_hex(8)
+    sequence = model.engine.new_sequence(_NAMESPACE)
+    sequence.session = name
+    begun = [*model.tokenizer.encode_text(f"{name}. "), *ids]
+    return Generator(model.engine, sequence=sequence), begun[: len(ids)]
+
+
+def require_reuse(model: Model, sample: ResponseSample, before: int) -> None:
+    """
+    Check that there is something to compare.
+
+    Args:
+        model: Has answered.
+        sample: Of the answer, with reuse.
+        before: Tokens of the conversation before it.
+
+    Raises:
+        ConfigError: It had all to compute.
+    """
+    if sample.reused_tokens:
+        return
+    unit = model.engine.info.reuse.unit
+    if not warm_tokens(before, unit):
+        raise ConfigError(
+            f"The engine reuses blocks of {unit} tokens, and the conversation has {before} before its second "
+            "turn: measure longer prompts (--input N)."
+        )
+    raise ConfigError(
+        f"The engine reused none of {before:,} tokens of the conversation that is measured: something else "
+        "took their place. Give it more room for KV, llama-server two slots or more (--parallel 2), and no "
+        "other client meanwhile."
+    )
 
 
 def repeated(ids: list[int], length: int) -> list[int]:
@@ -490,6 +554,7 @@ def run_growth(
     Raises:
         ContextFullError: The context is too small for the turns. Nothing was run.
         OutOfBlocksError: The KV memory is. Nothing was run.
+        ConfigError: An engine elsewhere reused nothing where it could.
     """
     check_room(model, config)
     ids = cut_to_length(model, text, config.growth_turns * config.input2_tokens)
@@ -527,10 +592,12 @@ def _conversation(
     reuse_first: bool,
 ) -> list[GrowthSample]:
     samples = []
-    with closing(Generator(model.engine, namespace=None)) as live:
+    live, ids = live_conversation(model, ids)
+    with closing(live):
         for turn in range(config.growth_turns):
             new = ids[turn * config.input2_tokens :][: config.input2_tokens]
-            whole = live.get_sequence() + new
+            before = live.get_sequence()
+            whole = before + new
 
             def without(whole: list[int] = whole) -> ResponseSample:
                 with closing(Generator(model.engine, namespace=None)) as fresh:
@@ -541,5 +608,7 @@ def _conversation(
 
             order = (reuse, without) if reuse_first else (without, reuse)
             timed = {way: way() for way in order}
+            if warm_tokens(len(before), model.engine.info.reuse.unit):
+                require_reuse(model, timed[reuse], len(before))
             samples.append(GrowthSample(turn + 1, timed[without], timed[reuse]))
     return samples

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from recollect import __version__
 from recollect.conversation.model import Model
+from recollect.engine.decoder import Decoder
 from recollect.errors import ConfigError, MissingPackageError
 from recollect.proof.bench import (
     BenchSummary,
@@ -70,22 +71,32 @@ class MachineCard(Machine):
 
     model: str
     profile: str
+    """`elsewhere` where an engine elsewhere computes: it chooses its own precision."""
     runtime: str
-    kv_bytes_per_token: int
-    kv_blocks: int
+    kv_bytes_per_token: int | None
+    """None: the KV is elsewhere, and nobody here knows; likewise below."""
+    kv_blocks: int | None
     context_length: int
+
+    @property
+    def title(self) -> str:
+        """Return what was measured on which machine, on one line."""
+        if self.kv_blocks is None:
+            return f"{self.model}, {self.runtime} elsewhere"
+        return f"{self.model}, profile {self.profile}, {self.cpu}"
 
 
 def machine_card(model: Model) -> MachineCard:
     """Return the card of this machine with that model on it."""
     info = model.engine.info
+    is_elsewhere = isinstance(model.engine, Decoder)
     return MachineCard(
         **asdict(this_machine()),
         model=Path(model.name).name,
-        profile=model.profile,
+        profile="elsewhere" if is_elsewhere else model.profile,
         runtime=info.name,
-        kv_bytes_per_token=info.bytes_per_block // info.block_size,
-        kv_blocks=model.engine.pool.num_blocks,
+        kv_bytes_per_token=None if is_elsewhere else info.bytes_per_block // info.block_size,
+        kv_blocks=None if is_elsewhere else model.engine.pool.num_blocks,
         context_length=model.context_length,
     )
 
@@ -144,14 +155,21 @@ def card_lines(card: MachineCard) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
     features = f" ({', '.join(card.cpu_features)})" if card.cpu_features else ""
     load = "unknown" if card.load_average is None else f"{card.load_average:.2f}"
+    context = f"context {card.context_length:,} tokens"
+    if card.kv_blocks is None:
+        model = f"model    {card.model}, {context}"
+        kv = f"engine   {card.runtime}, elsewhere: it computes, and has the KV"
+    else:
+        model = f"model    {card.model}, profile {card.profile}, {context}"
+        kv = f"KV       {card.kv_bytes_per_token:,} bytes per token, {card.kv_blocks:,} blocks"
     return [
         f"CPU      {card.cpu}{features}",
         f"cores    {card.physical_cores or '?'} physical, {card.logical_cores or '?'} logical; "
         f"memory {card.memory_bytes / _GIB:.1f} GiB; load before {load}",
         f"system   {card.system}, Python {card.python}",
         f"versions {versions}",
-        f"model    {card.model}, profile {card.profile}, context {card.context_length:,} tokens",
-        f"KV       {card.kv_bytes_per_token:,} bytes per token, {card.kv_blocks:,} blocks",
+        model,
+        kv,
     ]
 
 
@@ -347,7 +365,7 @@ def draw_growth(turns: Sequence[GrowthTurn], card: MachineCard, path: Path) -> N
     first.legend(frameon=False, loc="upper left")
     cores = card.physical_cores or card.logical_cores
     figure.suptitle(
-        f"{card.model}, profile {card.profile}, {card.cpu}, {cores} cores",
+        f"{card.title}, {cores} cores" if card.kv_blocks is not None else card.title,
         fontsize=9,
         color="#555555",
     )

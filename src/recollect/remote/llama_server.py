@@ -136,7 +136,7 @@ class LlamaServer:
             token_ids=ids, params=params, seed=0, most_tokens=1, namespace="probe", session="probe"
         )
         for _ in range(2):
-            tokens, told = read_all(lambda told, link: self.stream(order, told, link), self.url)
+            tokens, told = read_all(self, order)
         if not tokens and told.finish != "stop":
             raise ConfigError(f"{self.url} gives no token ids back: take a newer llama-server.")
         if not told.reused_tokens:
@@ -145,7 +145,7 @@ class LlamaServer:
             )
         self.slots = Slots(count)  # what the probe left behind is computed over
         version = str(said.get("build_info", ""))
-        return EngineFacts(version=version, context_length=length, unit=1, places=count)
+        return EngineFacts(version=version, context_length=length, unit=1)
 
     def require(self, params: SamplingParams) -> None:
         """Refuse what llama-server does otherwise than we mean it."""

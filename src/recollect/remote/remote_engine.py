@@ -33,7 +33,7 @@ from recollect.remote.replicas import (
     Replicas,
     session_of,
 )
-from recollect.remote.wire import Api, EngineFacts, Link, Lost, Order, Token, Told
+from recollect.remote.wire import Api, EngineFacts, Link, Lost, Order, RefusedError, Token, Told
 from recollect.runtime.base import Reuse, RuntimeInfo
 from recollect.types import Grammar, SamplingParams
 
@@ -438,6 +438,11 @@ class _Stream:
             self._finish(lost=not self._link.was_cut)
             self._move(lost)
             return None
+        except RefusedError as refusal:
+            self._finish()
+            raise EngineUnavailableError(
+                f"{refusal} Restart recollect if the engine has another model or a shorter context now."
+            ) from refusal
         except BaseException:
             self._finish()
             raise

@@ -18,6 +18,7 @@ from typing import Final
 from recollect.engine.sequence import Memory, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
+from recollect.kv.record import Key, chained_keys, namespace_key
 from recollect.remote.wire import Api
 from recollect.runtime.base import PassResult, Row, RuntimeInfo
 
@@ -69,8 +70,7 @@ class Replicas:
     def all(self) -> tuple[Replica, ...]:
         """Return them, in the order in which they were named."""
         with self._lock:
-            while self._dropped:
-                self._dropped.popleft().running -= 1
+            self._end_dropped()
         return self._all
 
     def begin(self, session: str, without: Collection[Replica] = ()) -> Replica:
@@ -82,6 +82,7 @@ class Replicas:
             without: Those that have failed at this request; they are taken where there is no other.
         """
         with self._lock:
+            self._end_dropped()
             chosen = max(
                 self._all,
                 key=lambda one: (one not in without, one.is_up, _weight(one.url, session)),
@@ -112,6 +113,11 @@ class Replicas:
         """Take note that nobody reads a request any more. May be called by a finalizer: takes no lock."""
         self._dropped.append(replica)
 
+    def _end_dropped(self) -> None:
+        """End the requests that nobody reads any more; the lock is held."""
+        while self._dropped:
+            self._dropped.popleft().running -= 1
+
 
 def _weight(url: str, session: str) -> bytes:
     return blake2b(f"{url}\0{session}".encode(), digest_size=16).digest()
@@ -126,7 +132,7 @@ class Ledger:
 
     def __init__(self, block_size: int) -> None:
         self._size = block_size
-        self._blocks: OrderedDict[bytes, str] = OrderedDict()
+        self._blocks: OrderedDict[Key, str] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -158,14 +164,9 @@ class Ledger:
                 found, replica = found + self._size, here
         return found, replica
 
-    def _names(self, namespace: str, token_ids: Sequence[int]) -> list[bytes]:
-        root = namespace.encode("utf-8", "surrogatepass")
-        names, parent = [], blake2b(root, digest_size=16).digest()
-        for start in range(0, len(token_ids) // self._size * self._size, self._size):
-            ids = ",".join(map(str, token_ids[start : start + self._size]))
-            parent = blake2b(ids.encode(), key=parent, digest_size=16).digest()
-            names.append(parent)
-        return names
+    def _names(self, namespace: str, token_ids: Sequence[int]) -> list[Key]:
+        whole = len(token_ids) // self._size * self._size
+        return chained_keys(namespace_key("", namespace), token_ids[:whole], self._size)
 
 
 class RemoteMemory(Memory):

@@ -203,7 +203,7 @@ class Vllm:
             session=f"probe-{namespace}",
             is_idle=is_idle,
         )
-        tokens, told = read_all(lambda told, link: self.stream(order, told, link), self.url)
+        tokens, told = read_all(self, order)
         if not tokens:
             raise ConfigError(
                 f"{self.url} gives no token ids back: take vLLM {_name(OLDEST)} or later."

@@ -10,10 +10,16 @@ engine within a moment, also while it reads a long prompt.
 import json
 import os
 import ssl
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import (
+    HTTPConnection,
+    HTTPException,
+    HTTPResponse,
+    HTTPSConnection,
+    IncompleteRead,
+)
 from socket import SHUT_RDWR
 from typing import Any, Final, Protocol
 from urllib.parse import SplitResult, urlsplit
@@ -92,8 +98,6 @@ class EngineFacts:
     """Most tokens of a prompt with its reply."""
     unit: int
     """Tokens that can only be reused together; 1: any number."""
-    places: int = 0
-    """Slots, where KV belongs to one; 0: there are none."""
 
 
 class Link:
@@ -236,6 +240,8 @@ def _failures_as_lost(link: Link) -> Iterator[None]:
         yield
     except TimeoutError as cause:
         raise Lost("it said nothing for too long") from cause
+    except IncompleteRead as cause:
+        raise Lost("it broke off") from cause
     except (OSError, HTTPException, ValueError) as cause:
         reason = _quoted(str(cause) or type(cause).__name__)
         raise Lost(f"the connection failed ({reason})") from cause
@@ -258,7 +264,7 @@ def _object(data: bytes) -> Mapping[str, Any]:
     if not isinstance(said, dict):
         raise Lost("it sent something that is no JSON object")
     if (error := said.get("error")) is not None:
-        raise Lost(f"it broke off: {_quoted(str(error))}")
+        raise Lost(f"it broke off: {_reason_in(error)}")
     return said
 
 
@@ -295,7 +301,10 @@ def _answer(url: str, method: str, path: str, body: bytes | None) -> Any:
     if response.status in (401, 403):
         raise ConfigError(f"{url} asks for a key: set {KEY_VARIABLE} to it.")
     if response.status >= 500:
-        raise unavailable(url, f"it answered {response.status}")
+        raise EngineUnavailableError(
+            f"The engine at {url} is not ready (it answered {response.status}): wait until it has loaded its "
+            "model, or see its log."
+        )
     try:
         return json.loads(text) if response.status == 200 else None
     except ValueError:
@@ -309,18 +318,18 @@ def unavailable(url: str, reason: str) -> EngineUnavailableError:
     )
 
 
-def read_all(stream: Callable[[Told, Link], Iterator[Token]], url: str) -> tuple[list[Token], Told]:
+def read_all(api: Api, order: Order) -> tuple[list[Token], Told]:
     """
     Carry an order out to its end. For probes.
 
     Raises:
         EngineUnavailableError: The engine broke off.
     """
-    told, link = Told(), Link(url)
+    told = Told()
     try:
-        return list(stream(told, link)), told
+        return list(api.stream(order, told, Link(api.url))), told
     except Lost as lost:
-        raise unavailable(url, str(lost)) from lost
+        raise unavailable(api.url, str(lost)) from lost
 
 
 def _lines(response: HTTPResponse) -> Iterator[bytes]:
@@ -333,9 +342,20 @@ def _lines(response: HTTPResponse) -> Iterator[bytes]:
 
 
 def _refusal(status: int, said: str) -> Exception:
+    with suppress(ValueError):
+        said = _reason_in(json.loads(said))
+    reason = _quoted(said).rstrip(".")
     if status >= 500 or status in (408, 429):
-        return Lost(f"it answered {status}: {_quoted(said)}")
-    return RefusedError(f"The engine refused the request with {status}: {_quoted(said)}")
+        return Lost(f"it answered {status}: {reason}")
+    return RefusedError(f"The engine refused the request with {status}: {reason}.")
+
+
+def _reason_in(said: object) -> str:
+    """Return the words in a JSON value that tells of an error, without the names of classes beside them."""
+    for name in ("error", "message", "detail"):
+        if isinstance(said, Mapping) and said.get(name):
+            said = said[name]
+    return _quoted(str(said)).rstrip(".")
 
 
 def _quoted(text: str) -> str:

@@ -13,6 +13,7 @@ know which block belongs to which sequence.
 import logging
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -57,6 +58,10 @@ class _Lane:
     """When, on the runtime's clock; 0: never."""
     owner: "weakref.ref[SequenceId] | None" = None
     """Which of the engine's sequences it computed last."""
+
+    def is_of(self, row: Row) -> bool:
+        """Return whether it computed the row's sequence last."""
+        return row.sequence is not None and self.owner is not None and self.owner() is row.sequence
 
     def is_wanted(self, row: Row, keep: int) -> bool:
         """Return whether another sequence goes on from more of it than *keep* tokens."""
@@ -141,6 +146,8 @@ class LlamaCppRuntime:
             results: list[Logits] = []
             for first in range(0, len(rows), len(self._lanes)):
                 results += self._pass(rows[first : first + len(self._lanes)])
+            if len(results) == 1:
+                return PassResult(results[0][None])
             none = np.empty((0, self._info.vocab_size), np.float32)
             return PassResult(np.stack(results) if results else none)
 
@@ -269,8 +276,9 @@ class LlamaCppRuntime:
             for job, _ in parts:
                 if self.layout.recurrent:
                     self._lose(job.lane)
-                else:  # what the lanes held before is still there
-                    self._truncate(job.lane, job.at)
+                else:  # what the lanes held before is still there, and maybe more than is noted
+                    with suppress(RuntimeFailure):
+                        self._truncate(job.lane, job.at)
             raise
         for (job, end), given in zip(parts, logits, strict=True):
             job.logits += given
@@ -278,13 +286,14 @@ class LlamaCppRuntime:
 
     def _note(self, job: _Job, end: int) -> None:
         """Take note that a lane now has a job's tokens up to *end*."""
-        places = np.arange(job.at, end)
-        marks = self._new_marks(len(places))
-        blocks = job.blocks[places // self._size]
-        self._marks[blocks, places % self._size] = marks
-        job.lane.marks = np.concatenate([job.lane.marks, marks])
-        for index in range(job.at // self._size, -(-end // self._size)):
-            self._dirty[int(job.blocks[index])] = (job.lane, index)
+        size = self._size
+        marks = np.concatenate([job.lane.marks, self._new_marks(end - job.at)])
+        for index in range(job.at // size, -(-end // size)):
+            block, start = int(job.blocks[index]), index * size
+            first, beyond = max(start, job.at), min(start + size, end)
+            self._marks[block, first - start : beyond - start] = marks[first:beyond]
+            self._dirty[block] = (job.lane, index)
+        job.lane.marks = marks
         if job.row.sequence is not None:
             job.row.sequence.computed_to(end)
         job.at = end
@@ -298,9 +307,9 @@ class LlamaCppRuntime:
         count = -(-(past + len(row.token_ids)) // size)
         blocks = np.asarray(row.block_table[:count], np.int64)
         wanted = self._marks[blocks].reshape(-1)[:past]
-        if past and wanted.min() == _NEVER_WRITTEN:
-            raise RuntimeFailure("A row reads KV slots that nothing was ever written to.")
         lane, keep = _choose(row, free, wanted, in_full=self.layout.recurrent > 0)
+        if keep < past and wanted.min() == _NEVER_WRITTEN:
+            raise RuntimeFailure("A row reads KV slots that nothing was ever written to.")
         self._clock += 1
         lane.used = self._clock
         lane.owner = None if row.sequence is None else weakref.ref(row.sequence)
@@ -333,6 +342,8 @@ class LlamaCppRuntime:
 
     def _make_room(self, lane: _Lane, length: int, own: npt.NDArray[np.int64]) -> None:
         """Truncate a lane; first take out what others may still want of its end."""
+        if 0 < length == len(lane.marks):
+            return
         if length < len(lane.marks):
             lost = [
                 block
@@ -345,23 +356,17 @@ class LlamaCppRuntime:
         self._truncate(lane, length)
 
     def _truncate(self, lane: _Lane, length: int) -> None:
-        is_cut = length < len(lane.marks) or not length
-        if not is_cut:
-            # After a pass that failed it may hold more than is noted.
-            length = len(lane.marks)
+        """Have a lane hold *length* tokens, at most as many as it has."""
         if not self.model.truncate(lane.number, length):
-            self.model.truncate(lane.number, 0)
-            lane.marks = lane.marks[:0]
+            self._lose(lane)
             raise RuntimeFailure("llama.cpp could not truncate a sequence; it is read again.")
-        if not is_cut:  # nearly always, and there may be many dirty blocks
-            return
         lane.marks = lane.marks[:length]
         for block, (owner, index) in list(self._dirty.items()):
             if owner is lane and index * self._size >= length:
                 del self._dirty[block]
 
     def _lose(self, lane: _Lane) -> None:
-        """Give up a lane whose recurrent state is undefined, and with it what only that lane has."""
+        """Give up a lane whose state is undefined, and with it what only that lane has."""
         for block, (owner, _) in list(self._dirty.items()):
             if owner is lane:
                 self._marks[block] = _NEVER_WRITTEN
@@ -396,6 +401,9 @@ def _choose(row: Row, free: Sequence[_Lane], wanted: Marks, *, in_full: bool) ->
     sequence still goes on from. Otherwise the blocks are loaded into the lane that was used the longest ago.
     A lane that cannot be truncated serves *in_full* or not at all.
     """
+    for lane in free:  # the usual case: a reply goes on where it was
+        if lane.is_of(row) and len(lane.marks) == row.past and np.array_equal(lane.marks, wanted):
+            return lane, row.past
     keeps = {
         lane.number: 0
         if in_full and len(lane.marks) > row.past

@@ -121,7 +121,7 @@ def _model(services: Services, name: str) -> dict[str, Any]:
         "recollect": {
             "loaded": model is not None,
             "context_length": length,
-            "profile": None if model is None else model.profile,
+            "profile": None if model is None or model.elsewhere else model.profile,
         },
     }
 

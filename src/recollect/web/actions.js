@@ -14,8 +14,8 @@ import { EMPTY, newestBelow, readTree } from "./tree.js";
 
 const TITLE_CHARACTERS = 60;
 const NAME_CHARACTERS = 24;
-/** Messages of a tree that are read at once. */
-const TREE_PAGE = 1000;
+/** Messages of a tree that are read at once: most that the server gives, since each page reads the whole tree. */
+const TREE_PAGE = 2000;
 
 /** @param {string} id */
 const at = (id) => `/v1/conversations/${encodeURIComponent(id)}`;
@@ -73,18 +73,44 @@ export async function readOlderConversations() {
   });
 }
 
-/** Read the open conversation's tree anew, and stay where one is, if that is still there. */
-export async function readTreeAgain() {
-  const id = here();
+/** @typedef {{last: Promise<void>, next: Promise<void> | null}} Reads */
+
+/** Of the open conversation's tree: the last read that has begun, and the one that waits for it. @type {Reads} */
+let reads = { last: Promise.resolve(), next: null };
+
+/**
+ * Read the open conversation's tree anew, and stay where one is, if that is still there.
+ *
+ * One read at a time, so that an older one never hides what a newer one has found; all who ask during a
+ * read share the next one.
+ *
+ * @returns {Promise<void>}
+ */
+export function readTreeAgain() {
+  const mine = reads;
+  const begin = () => {
+    mine.next = null;
+    mine.last = readOpenTree(mine);
+    return mine.last;
+  };
+  mine.next ??= mine.last.then(begin, begin);
+  return mine.next;
+}
+
+/** @param {Reads} mine It ends where another conversation has been opened since. */
+async function readOpenTree(mine) {
+  const id = state.current.value;
+  const isOpen = () => reads === mine && state.current.value === id;
+  if (id === null || !isOpen()) return;
   let body;
   try {
-    body = await wholeTree(id);
+    body = await wholeTree(id, isOpen);
   } catch (error) {
     if (!(error instanceof ApiError && error.status === 404)) throw error;
     forgetConversation(id);
     return;
   }
-  if (state.current.value !== id) return;
+  if (!isOpen()) return;
   const tree = readTree(body);
   batch(() => {
     state.tree.value = tree;
@@ -94,10 +120,14 @@ export async function readTreeAgain() {
   });
 }
 
-/** @param {string} id @returns {Promise<import("./types").ApiTree>} All pages of it. */
-async function wholeTree(id) {
+/**
+ * @param {string} id
+ * @param {() => boolean} isWanted Asked before each page but the first.
+ * @returns {Promise<import("./types").ApiTree>} All pages of it.
+ */
+async function wholeTree(id, isWanted) {
   const first = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}`);
-  for (let page = first; page.has_more && page.last_id; ) {
+  for (let page = first; page.has_more && page.last_id && isWanted(); ) {
     page = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}&after=${encodeURIComponent(page.last_id)}`);
     first.nodes.push(...page.nodes);
     Object.assign(first.tips, page.tips);
@@ -113,6 +143,8 @@ async function wholeTree(id) {
  * @param {string} [item]
  */
 export async function open(id, item) {
+  const mine = { last: Promise.resolve(), next: null };
+  reads = mine;
   batch(() => {
     state.current.value = id;
     state.tree.value = EMPTY;
@@ -127,10 +159,10 @@ export async function open(id, item) {
   try {
     await readTreeAgain();
   } catch (error) {
-    if (state.current.value === id) close();
+    if (reads === mine && state.current.value === id) close();
     throw error;
   }
-  if (state.current.value !== id) return; // another one was opened since, or this one is no more
+  if (reads !== mine || state.current.value !== id) return; // it was opened anew, or another, or is no more
   const tree = state.tree.value;
   const newest = tree.roots.length ? newestBelow(tree, /** @type {string} */ (tree.roots.at(-1))) : null;
   const holder = [...tree.nodes.values()].find((node) => node.id === item || node.items.includes(item ?? ""));
@@ -343,7 +375,7 @@ async function goOn(id, name, parent, input, { question = null, continues = fals
       await attempt(() => (control.signal.aborted ? stoppedReply(conversation, name, parent) : readTreeAgain()));
     }
     batch(() => {
-      if (follows() && state.current.value === conversation) select(state.tree.value.tips[name] ?? parent);
+      if (follows()) select(state.tree.value.tips[name] ?? parent);
       state.setPending(reply, null);
     });
     void attempt(readConversations);
@@ -371,14 +403,9 @@ export async function ask(text) {
 async function askHere(text) {
   if (state.current.value === null) await begin();
   const parent = state.selected.value;
-  let name = state.goingBranch.value;
-  if (name === null && parent === null) name = "main";
   const isFirst = state.path.value.every((node) => node.role === "system");
-  let id = name === null ? "" : idOf(name);
-  if (name === null) {
-    ({ name, id } = await branchOff({ at: parent }, text));
-    state.branch.value = name;
-  }
+  const isEmpty = state.goingBranch.value === null && parent === null;
+  const { name, id } = isEmpty ? { name: "main", id: here() } : await standing(text);
   if (isFirst && !titleIsSet()) void attempt(() => rename(titleFor(text)));
   await goOn(id, name, parent, text, { question: text });
 }
@@ -439,12 +466,7 @@ export async function regenerate(reply) {
  * @param {TreeNode} reply
  */
 export async function carryOn(reply) {
-  let name = state.goingBranch.value;
-  let id = name === null ? "" : idOf(name);
-  if (name === null) {
-    ({ name, id } = await branchOff({ at: reply.id }, "longer"));
-    state.branch.value = name;
-  }
+  const { name, id } = await standing("longer");
   await goOn(id, name, reply.id, [], { continues: true });
 }
 
@@ -483,7 +505,7 @@ export async function rewind() {
  * @param {string} name
  */
 export async function checkpoint(name) {
-  const kept = await call("POST", `${at(await standing())}/checkpoint`, { name });
+  const kept = await call("POST", `${at((await standing(wordsHere())).id)}/checkpoint`, { name });
   const { kv } = kept;
   const told = kv.kept ? `${kv.tokens} tokens stay on disk.` : `Its cache is not kept: ${kv.reason}.`;
   state.tell(`Checkpoint ${name}. ${told}`, "info");
@@ -496,13 +518,20 @@ export async function deleteCheckpoint(name) {
   await readTreeAgain();
 }
 
-/** @returns {Promise<string>} The id of a branch that stands at what is shown; one begins where none does. */
-async function standing() {
+const wordsHere = () => state.path.value.at(-1)?.text ?? "branch";
+
+/**
+ * Return the branch that goes on from what is shown; one begins where none does.
+ *
+ * @param {string} text Names the branch that begins.
+ * @returns {Promise<{name: string, id: string}>}
+ */
+async function standing(text) {
   const name = state.goingBranch.value;
-  if (name !== null) return idOf(name);
-  const fresh = await branchOff({ at: state.selected.value }, state.path.value.at(-1)?.text ?? "branch");
-  state.branch.value = fresh.name;
-  return fresh.id;
+  if (name !== null) return { name, id: idOf(name) };
+  const begun = await branchOff({ at: state.selected.value }, text);
+  state.branch.value = begun.name;
+  return begun;
 }
 
 /**
@@ -511,8 +540,7 @@ async function standing() {
  * @param {TreeNode} node
  */
 export async function deleteItem(node) {
-  const id = await standing();
-  const name = id.split(".")[1] ?? "main";
+  const { name, id } = await standing(wordsHere());
   await call("DELETE", `${at(id)}/items/${encodeURIComponent(node.items[0] ?? node.id)}`);
   await readTreeAgain();
   select(state.tree.value.tips[name] ?? null);

@@ -45,7 +45,7 @@ function readOpen() {
     const follows = before === state.selected.value && state.growing.value.every((one) => !one.isOwn);
     await readTreeAgain();
     const now = state.tree.value.tips[state.branch.value];
-    if (follows && now !== undefined && now !== before) select(now);
+    if (follows && state.selected.value === before && now !== undefined && now !== before) select(now);
   });
 }
 

@@ -16,15 +16,15 @@ import { hierarchy, tree as tidy } from "d3-hierarchy";
 
 /** The size of a card, and how far cards are from each other. */
 export const CARD = { width: 208, height: 74 };
-export const STEP = { x: 232, y: 122 };
+const STEP = { x: 232, y: 122 };
 
 /** Most elements that are drawn of a tree at a time. */
-export const MOST_ELEMENTS = 300;
+const MOST_ELEMENTS = 300;
 /** Below this scale nobody can read a card, so that messages are dots. */
 export const DOTS_BELOW = 0.45;
 
 /** @type {Tree} */
-export const EMPTY = { id: "", nodes: new Map(), roots: [], tips: {}, checkpoints: {} };
+export const EMPTY = readTree({ id: "", nodes: [], tips: {}, checkpoints: {} });
 
 /**
  * @param {ApiNode} node
@@ -65,13 +65,28 @@ function readNode(node) {
  */
 export function readTree(body) {
   /** @type {Tree} */
-  const found = { id: body.id, nodes: new Map(), roots: [], tips: body.tips, checkpoints: body.checkpoints };
+  const found = {
+    ...{ id: body.id, nodes: new Map(), roots: [], tips: body.tips, checkpoints: body.checkpoints },
+    ...{ branchesBy: byPlace(body.tips), checkpointsBy: byPlace(body.checkpoints) },
+  };
   for (const one of body.nodes) {
     const node = readNode(one);
     const parent = node.parent === null ? undefined : found.nodes.get(node.parent);
     node.depth = parent ? parent.depth + 1 : 0;
     (parent ? parent.children : found.roots).push(node.id);
     found.nodes.set(node.id, node);
+  }
+  return found;
+}
+
+/** @param {Record<string, string | null>} places @returns {Map<string | null, string[]>} The names at each. */
+function byPlace(places) {
+  /** @type {Map<string | null, string[]>} */
+  const found = new Map();
+  for (const [name, id] of Object.entries(places)) {
+    const names = found.get(id);
+    if (names) names.push(name);
+    else found.set(id, [name]);
   }
   return found;
 }
@@ -93,7 +108,7 @@ export function pathTo(tree, id) {
  * @returns {string[]} The branches that stand at a node.
  */
 export function branchesAt(tree, id) {
-  return Object.keys(tree.tips).filter((name) => tree.tips[name] === id);
+  return tree.branchesBy.get(id) ?? [];
 }
 
 /**
@@ -102,7 +117,7 @@ export function branchesAt(tree, id) {
  * @returns {string[]} The checkpoints at a node.
  */
 export function checkpointsAt(tree, id) {
-  return Object.keys(tree.checkpoints).filter((name) => tree.checkpoints[name] === id);
+  return tree.checkpointsBy.get(id) ?? [];
 }
 
 /**
@@ -132,7 +147,7 @@ export function newestBelow(tree, id) {
  * @param {string} id
  * @returns {number} How many messages are below one.
  */
-export function countBelow(tree, id) {
+function countBelow(tree, id) {
   let count = 0;
   const ahead = [...(tree.nodes.get(id)?.children ?? [])];
   for (let one = ahead.pop(); one !== undefined; one = ahead.pop()) {
@@ -153,13 +168,20 @@ export function layout(tree, folded) {
   /** @type {Map<string, Place>} */
   const places = new Map();
   if (tree.roots.length === 0) return places;
-  /** @type {TreeNode | null} */
-  const none = null;
-  const top = hierarchy(/** @type {TreeNode | null} */ (none), (node) => {
-    const below = node === null ? tree.roots : folded.has(node.id) ? [] : node.children;
-    return below.map((id) => /** @type {TreeNode} */ (tree.nodes.get(id)));
-  });
-  const placed = tidy().nodeSize([STEP.x, STEP.y]).separation(() => 1)(/** @type {any} */ (top));
+  // Node by node: given a whole tree, `hierarchy` takes time by the square of its depth, for heights.
+  /** @type {(data: TreeNode | null, parent: any) => any} */
+  const below = (data, parent) => {
+    const one = Object.assign(hierarchy(data, () => null), { parent, depth: parent ? parent.depth + 1 : 0 });
+    if (parent) (parent.children ??= []).push(one);
+    return one;
+  };
+  const top = below(null, null);
+  const known = new Map();
+  for (const node of tree.nodes.values()) {
+    const parent = tree.nodes.has(node.parent ?? "") ? known.get(node.parent) : top;
+    if (parent && !folded.has(node.parent ?? "")) known.set(node.id, below(node, parent));
+  }
+  const placed = tidy().nodeSize([STEP.x, STEP.y]).separation(() => 1)(top);
   placed.each((one) => {
     const node = /** @type {TreeNode | null} */ (one.data);
     if (node === null) return;

@@ -8,7 +8,7 @@
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { select as selectElement } from "d3-selection";
 import { zoom, zoomIdentity } from "d3-zoom";
-import "d3-transition";
+import { glide } from "./motion.js";
 import * as state from "./state.js";
 import { select } from "./actions.js";
 import { CARD, DOTS_BELOW, branchesAt, checkpointsAt, extent, layout, lines, newestBelow, seen, siblings } from "./tree.js";
@@ -20,6 +20,8 @@ import { IconButton, goingText, duration, html, count } from "./widgets.js";
  */
 
 const MARGIN = 40;
+/** @type {[number, number]} */
+const SCALES = [0.01, 1.6];
 const WARMTHS = { memory: "in memory", disk: "on disk", none: "not kept" };
 /** Labels of branches and checkpoints on one card. */
 const MOST_LABELS = 3;
@@ -144,7 +146,7 @@ export function TreeView() {
   const sight = useRef(zoomIdentity); // at once, where `at` follows with the next drawing
   const [room, setRoom] = useState({ width: 0, height: 0 });
   const isMoved = useRef(false);
-  const behaviour = useMemo(() => zoom().scaleExtent([0.01, 1.6]), []);
+  const behaviour = useMemo(() => zoom().scaleExtent(SCALES).duration(0), []);
   const tree = state.tree.value;
   const folded = state.folded.value;
   const places = useMemo(() => layout(tree, folded), [tree, folded]);
@@ -173,12 +175,25 @@ export function TreeView() {
    * @param {number} time
    */
   function lookAt(middle, scale, time = 220) {
+    const element = /** @type {HTMLElement} */ (frame.current);
     const { width, height } = room;
-    const target = zoomIdentity.translate(width / 2 - middle.x * scale, height / 2 - middle.y * scale).scale(scale);
-    const still = matchMedia("(prefers-reduced-motion: reduce)").matches || time === 0;
-    const chosenFrame = selectElement(/** @type {HTMLElement} */ (frame.current));
-    if (still) chosenFrame.call(/** @type {any} */ (behaviour.transform), target);
-    else chosenFrame.transition().duration(time).call(/** @type {any} */ (behaviour.transform), target);
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    const from = { ...middleOf(sight.current), scale: sight.current.k };
+    glide(element, still ? 0 : time, (part) => {
+      /** @type {(from: number, to: number) => number} */
+      const between = (from, to) => from + part * (to - from);
+      // A scale by its logarithm, so that near and far pass equally fast.
+      const now = part === 1 ? scale : from.scale * (scale / from.scale) ** part;
+      const [x, y] = [between(from.x, middle.x), between(from.y, middle.y)];
+      const target = zoomIdentity.translate(width / 2 - x * now, height / 2 - y * now).scale(now);
+      selectElement(element).call(/** @type {any} */ (behaviour.transform), target);
+    });
+  }
+
+  /** @param {typeof zoomIdentity} sight @returns {{x: number, y: number}} What is in the middle of the view. */
+  function middleOf(sight) {
+    const [x, y] = sight.invert([room.width / 2, room.height / 2]);
+    return { x, y };
   }
 
   /**
@@ -210,6 +225,11 @@ export function TreeView() {
     lookAt({ x: (box.left + box.right) / 2, y: (box.top + box.bottom) / 2 + 8 }, scale, time);
   }
 
+  function showAll() {
+    isMoved.current = false;
+    fit();
+  }
+
   // Until a person moves it, the view follows: the whole tree where it can be read so, and else what is chosen.
   const opened = useRef("");
   useEffect(() => {
@@ -225,8 +245,8 @@ export function TreeView() {
     else lookAt(inside({ x: place.x, y: place.y + CARD.height / 2 }, box, 0.85), 0.85, isNew ? 0 : 300);
   }, [tree.id, room, places, chosen === null]);
 
-  // What is chosen comes into sight.
-  useEffect(() => {
+  /** Have what is chosen come into sight. */
+  function reveal() {
     const place = places.get(chosen ?? "");
     if (!place || room.width === 0 || opened.current !== tree.id) return;
     const now = sight.current;
@@ -235,7 +255,8 @@ export function TreeView() {
     const isSeen = x - half > 0 && x + half < room.width && y > 0 && y + CARD.height * now.k + 20 < room.height;
     const scale = Math.max(now.k, 0.6);
     if (!isSeen) lookAt(inside({ x: place.x, y: place.y + CARD.height / 2 }, extent(places.values()), scale), scale);
-  }, [chosen]);
+  }
+  useEffect(reveal, [chosen]);
 
   const box = {
     left: -at.x / at.k,
@@ -272,21 +293,21 @@ export function TreeView() {
       document.getElementById("question")?.focus();
     } else if (event.key === "+" || event.key === "=") zoomBy(1.3);
     else if (event.key === "-") zoomBy(1 / 1.3);
-    else if (event.key === "0") fit();
+    else if (event.key === "0") showAll();
     else {
       const target = keyTarget(event);
       if (target === null) return;
-      select(target);
+      if (target === chosen) reveal();
+      else select(target);
     }
     event.preventDefault();
   }
 
   /** @param {number} factor */
   function zoomBy(factor) {
-    selectElement(/** @type {HTMLElement} */ (frame.current))
-      .transition()
-      .duration(120)
-      .call(/** @type {any} */ (behaviour.scaleBy), factor);
+    const [least, most] = SCALES;
+    isMoved.current = true;
+    lookAt(middleOf(sight.current), Math.min(most, Math.max(least, sight.current.k * factor)), 120);
   }
 
   const isChosenDrawn = cards.some((one) => one.node.id === chosen);
@@ -321,10 +342,7 @@ export function TreeView() {
     <div class="tree-tools">
       <${IconButton} icon="plus" label="Zoom in" onClick=${() => zoomBy(1.3)} />
       <button type="button" class="icon-button" aria-label="Zoom out" title="Zoom out" onClick=${() => zoomBy(1 / 1.3)}>−</button>
-      <${IconButton} icon="fit" label="Show all" onClick=${() => {
-        isMoved.current = false;
-        fit();
-      }} />
+      <${IconButton} icon="fit" label="Show all" onClick=${showAll} />
     </div>
     <p class="legend">
       ${Object.entries(WARMTHS).map(([kind, name]) => html`<span key=${kind}><i class=${`dot ${kind}`}></i>${name}</span>`)}

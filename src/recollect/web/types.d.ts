@@ -99,6 +99,9 @@ export interface Tree {
   roots: string[];
   tips: Record<string, string | null>;
   checkpoints: Record<string, string | null>;
+  /** The names of branches, and of checkpoints, by the node at which they stand. */
+  branchesBy: Map<string | null, string[]>;
+  checkpointsBy: Map<string | null, string[]>;
 }
 
 /** Where a node is drawn, in the tree's own units. */

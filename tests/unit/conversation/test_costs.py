@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from recollect.conversation.costs import Costs, GoingOn, Work
+from recollect.conversation.costs import Costs, Encodings, GoingOn, Work
 from recollect.conversation.model import Model
+from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node, Tree
 from recollect.kv.disk import DiskStore
@@ -222,3 +223,38 @@ def test_a_page_costs_its_own_nodes_and_those_before_them(
     costs = Costs(model)
     costs.of(nodes[:50])
     assert costs.work.encoded < 20_000
+
+
+def test_what_is_known_of_a_tree_is_encoded_once(
+    make_model: Callable[..., Model], renderings: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page far down encodes what is new on it, and says what it says without anything known."""
+    model = make_model(context_length=8192)
+    nodes = grow(Tree(), model, 4_000, 0)
+    known = Encodings(model, ())
+    Costs(model, known=known).of(nodes)
+    encoded = Counted()
+    monkeypatch.setattr(PromptEncoder, "ids", encoded.of(PromptEncoder.ids))
+    renderings.calls = 0
+    page = nodes[3_000:3_100]
+    found = Costs(model, known=known).of(page)
+    assert encoded.calls <= 3 * len(page)  # what stands at each node, and what follows it
+    assert renderings.calls == 0
+    assert found == Costs(model).of(page)
+
+
+@pytest.mark.usefixtures("nothing_read_ahead")  # which would go on between the two
+def test_what_is_known_of_a_tree_says_nothing_of_where_kv_is(
+    make_model: Callable[..., Model],
+) -> None:
+    model = make_model()
+    session = branching(model)
+    session.close()
+    nodes = list(session.tree.nodes())
+    known = Encodings(model, ())
+    before = Costs(model, known=known).of(nodes)
+    model.engine.forget()
+    after = Costs(model, known=known).of(nodes)
+    assert before != after == Costs(model).of(nodes)
+    assert known.fits(model, ())
+    assert not known.fits(make_model(), ())

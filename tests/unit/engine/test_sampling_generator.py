@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recollect.engine.engine import Engine
-from recollect.engine.sampling import Generator
+from recollect.engine.sampling import Bias, Generator
 from recollect.errors import (
     ContextFullError,
     InvalidParameterError,
@@ -172,6 +172,27 @@ def test_a_fork_goes_on_as_the_original_would_and_neither_sees_the_other(
     interleaved = [(original.generate_next_token(), fork.generate_next_token()) for _ in range(6)]
     assert interleaved == [(token, token) for token in expected[4:]]
     engine.check()
+
+
+def test_biases_are_made_once_for_each_reply(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where forks that take turns have different ones: there can be many."""
+    made: list[SamplingParams] = []
+    make = Bias.of
+
+    def counted(params: SamplingParams) -> Bias:
+        made.append(params)
+        return make(params)
+
+    monkeypatch.setattr(Bias, "of", counted)
+    one, other = (SamplingParams(logit_bias={token: 100.0}) for token in (7, 8))
+    original = prompted(engine, one)
+    fork = original.fork()
+    fork.set_params(other)
+    said = [(original.generate_next_token(), fork.generate_next_token()) for _ in range(6)]
+    assert said == [(7, 8)] * 6
+    assert [sum(params is which for params in made) for which in (one, other)] == [1, 1]
 
 
 def test_a_fork_goes_on_with_a_seed_that_was_drawn(engine: Engine) -> None:

@@ -5,10 +5,14 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
+from recollect.errors import UnknownConversationError
 from recollect.journal.changes import changes_after, item_name, response_item
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import Label, NewNode
 from recollect.journal.rows import Sealing
+from recollect.journal.schema import MOST_CHANGES
 from recollect.journal.statements import Statements
 
 SAID = NewNode(role="user", content="one")
@@ -82,3 +86,47 @@ def _steps(path: Path, after: int) -> int:
         read = changes_after(Statements(connection, Sealing(path, None)), after, [""])
     assert len([change for change in read.changes if change.kind == "message.created"]) == 100
     return taken
+
+
+def test_a_snapshot_is_read_again_after_every_kind_of_change_and_only_then(tmp_path: Path) -> None:
+    """What is kept of it is the same object; what a change leaves is what a fresh reading gives."""
+    with Journal.open(tmp_path / JOURNAL_NAME) as journal, Journal.open(journal.path) as other:
+        chat, another = begin(journal), begin(journal)
+        first, second = journal.append(chat, None, [SAID, SAID], tip="main")
+        known = journal.snapshot(chat)
+
+        def reads_again() -> bool:
+            nonlocal known
+            found, fresh = journal.snapshot(chat, known=known), journal.snapshot(chat)
+            assert (found.conversation, found.responses) == (fresh.conversation, fresh.responses)
+            is_new = found.conversation is not known.conversation
+            known = found
+            return is_new
+
+        assert not reads_again()
+        changes = {
+            "a message": lambda: other.append(chat, second, [SAID]),
+            "a branch": lambda: other.set_tip(chat, "main", first),
+            "a new branch": lambda: journal.set_tip(chat, "fork", None),
+            "no branch": lambda: journal.drop_tip(chat, "fork"),
+            "a name": lambda: other.rename(chat, "called so"),
+            "a label": lambda: other.set_label(
+                Label(name="resp_a", conversation_id=chat, node_id=second)
+            ),
+            "no label": lambda: other.delete_label("resp_a"),
+            "something taken back": lambda: journal.take_back(
+                chat, journal.append(chat, second, [SAID]), tip=None, back_to=None, began=False
+            ),
+        }
+        for what, change in changes.items():
+            journal.append(another, None, [SAID])
+            assert not reads_again(), "another conversation has changed"
+            change()
+            assert reads_again(), what
+            assert not reads_again()
+        for _ in range(MOST_CHANGES // 500 + 1):  # so many that what was noted is forgotten
+            journal.append(another, None, [SAID] * 500)
+        assert reads_again()
+        journal.delete(chat)
+        with pytest.raises(UnknownConversationError):
+            journal.snapshot(chat, known=known)

@@ -103,6 +103,9 @@ class Stub:
     lock: threading.Lock = field(default_factory=threading.Lock)
     held: dict[int, list[int]] = field(default_factory=dict)
 
+    refusal: Any = field(default_factory=lambda: {"error": "refused"})
+    is_loading: bool = False
+    """Whether it answers no question yet."""
     redirects_to: str | None = None
     """Where all questions without a body are sent on to."""
 
@@ -145,6 +148,9 @@ class Stub:
             to.send_header("Content-Length", "0")
             to.end_headers()
             return
+        if self.is_loading:
+            _answer(to, {"error": {"message": "Loading model", "code": 503}}, status=503)
+            return
         answers: dict[str, Any] = {
             "/version": {"version": self.version},
             "/v1/models": {"data": [{"id": "stub", "max_model_len": self.context}]},
@@ -173,7 +179,7 @@ class Stub:
             _answer(to, {"error": "out of order"}, status=500)
             return
         if fault in ("bad request", "gone"):
-            _answer(to, {"error": "refused"}, status=400 if fault == "bad request" else 404)
+            _answer(to, self.refusal, status=400 if fault == "bad request" else 404)
             return
         if fault == "cut":
             to.close_connection = True
@@ -284,6 +290,8 @@ class Stub:
         said_ids = [*_TOKENIZER.encode(self.says.popleft()), _END] if self.says else []
         for number in range(1, body["n_predict"] + 1):
             token = said_ids.pop(0) if said_ids else next_token(ids, bias, seed)
+            if token == _END and body["ignore_eos"]:
+                token = 97  # it is banned, as llama-server has it
             if token == _END:
                 how = "eos"
                 break

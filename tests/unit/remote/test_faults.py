@@ -19,9 +19,10 @@ from recollect.errors import (
     InvalidParameterError,
     StoreError,
 )
-from recollect.proof.bench import BenchConfig, check_room
 from recollect.proof.scenarios import run_rewind_test
 from recollect.remote import wire
+from recollect.remote.replicas import Replicas
+from recollect.remote.vllm import Vllm
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -54,6 +55,59 @@ def test_one_fault_does_not_show_in_the_reply(
     reply = model.session(namespace="two").respond("hello", params=SHORT)
     assert (reply.text, reply.finish_reason) == (expected.text, "length")
     assert model.engine.replicas.all[0].lost == (fault != "slow")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            {
+                "error": {
+                    "message": "No room.",
+                    "type": "BadRequestError",
+                    "param": None,
+                    "code": 400,
+                }
+            },
+            "No room",
+        ),
+        ({"object": "error", "message": "No room", "type": "BadRequestError"}, "No room"),
+        ({"detail": "Not Found"}, "Not Found"),
+        ({"error": "refused"}, "refused"),
+        ("no such path", "no such path"),
+    ],
+)
+def test_of_a_refusal_the_words_are_told_and_what_to_do(
+    body: Any, words: str, kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    """As vLLM writes it now, as it did, as its web framework and llama-server do, and none of these."""
+    stub, url = make_stub(kind)
+    model = load(f"{kind}={url}")
+    stub.refusal = body
+    stub.faults.append("bad request")
+    with pytest.raises(EngineUnavailableError) as told:
+        model.session().respond("hello", params=SHORT)
+    assert str(told.value) == (
+        f"The engine refused the request with 400: {words}. Restart recollect if the engine has another "
+        "model or a shorter context now."
+    )
+
+
+def test_an_engine_that_is_not_ready_is_waited_for(
+    kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    """A llama-server answers 503 while it loads its model."""
+    _, url = make_stub(kind, is_loading=True)
+    with pytest.raises(EngineUnavailableError, match="wait until it has loaded its model"):
+        load(f"{kind}={url}")
+
+
+def test_requests_that_nobody_reads_are_ended_by_the_next_one(make_stub: MakeStub) -> None:
+    replicas = Replicas([Vllm(make_stub()[1], secret=bytes(32))])
+    for _ in range(3):
+        replica = replicas.begin("one")
+        replicas.drop(replica)
+    assert replica.running == 1, "the last is ended by the request after it"
 
 
 @pytest.mark.parametrize("fault", ["refuse", "cut", "silent"])
@@ -359,12 +413,6 @@ def test_a_rewound_conversation_is_proven_elsewhere_too(
     assert result.rewind_differs_at is None
     assert result.fresh_differs_at is None
     assert result.again_computed_tokens > 0
-
-
-def test_what_cannot_be_measured_elsewhere_is_refused(make_stub: MakeStub, load: Load) -> None:
-    config = BenchConfig(input_tokens=64, output_tokens=8, iterations=2, growth_turns=1)
-    with pytest.raises(ConfigError, match="--engine"):
-        check_room(load(f"vllm={make_stub()[1]}"), config)
 
 
 def test_end_tokens_that_are_ignored_end_nothing(make_stub: MakeStub, load: Load) -> None:

@@ -49,6 +49,14 @@ def test_where_no_engine_answers_a_client_is_told_to_ask_again(
     assert client.get("/health").status_code == 200
 
 
+def test_a_profile_is_not_claimed_of_an_engine_elsewhere(
+    stub_and_client: tuple[Any, TestClient],
+) -> None:
+    _, client = stub_and_client
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["recollect"] == {"loaded": True, "context_length": 2048, "profile": None}
+
+
 def test_replicas_are_counted(stub_and_client: tuple[Any, TestClient]) -> None:
     _, client = stub_and_client
     text = client.get("/metrics").text
