@@ -196,6 +196,7 @@ class PassTimes:
             return
         self._passes += 1
         self.width = width
+        width = _rounded(width)
         if width in self._taken:
             self._taken[width].append(seconds)
         else:  # the first one of a shape may also prepare kernels for it: it is not counted
@@ -218,6 +219,12 @@ class PassTimes:
             above, then = self._known[place]
             slope = max(0.0, (then - taken) / (above - below))
         return taken + slope * (width - below)
+
+
+def _rounded(width: int) -> int:
+    """Return the width under which a pass is noted, so that there are few."""
+    step = 1 if width <= 16 else 4 if width <= 64 else 32
+    return -(-width // step) * step
 
 
 COUNTS: Final = (1, 2, 3, 5, 7, 11, 15, 23, 31)
