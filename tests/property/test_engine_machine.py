@@ -358,7 +358,7 @@ class EngineMachine(RuleBasedStateMachine):
         fails = self.runtime.fail_copy or self.runtime.fail_forward
         self._leaves_tails()
         single = generators[0] if len(generators) == 1 else None
-        bounds = self._bounds(single) if single is not None else None
+        bounds = self._reused_between(single) if single is not None else None
         fed = self.engine.computed_tokens
         try:
             yield
@@ -374,7 +374,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert least <= fed, "reused what nobody of this namespace has computed"
             assert self.disturbed or fed <= most, "computed what was in memory"
 
-    def _bounds(self, generator: Generator) -> tuple[int, int]:
+    def _reused_between(self, generator: Generator) -> tuple[int, int]:
         """Return how many tokens it takes at least and at most to have the logits."""
         sequence, ids = generator.sequence, self.model[generator]
         if sequence.logits is not None:
@@ -485,8 +485,8 @@ class GuessingMachine(EngineMachine):
         self.generate(generator, count)
         return self._fork(generator)
 
-    def _bounds(self, generator: Generator) -> tuple[int, int]:
-        least, most = super()._bounds(generator)
+    def _reused_between(self, generator: Generator) -> tuple[int, int]:
+        least, most = super()._reused_between(generator)
         return least, most + len(generator.sequence.draft)
 
 
