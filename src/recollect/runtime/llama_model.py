@@ -25,8 +25,8 @@ import psutil
 
 from recollect.errors import ConfigError, MisuseError, RuntimeFailure, UnsupportedModelError
 from recollect.runtime.base import Lanes, Logits, Pace, Reuse, RuntimeInfo
-from recollect.runtime.llama_library import KV_TYPES, Batch, Device, LlamaLibrary, library
-from recollect.runtime.llama_state import Layout
+from recollect.runtime.llama_library import KV_TYPES, Device, LlamaLibrary, library
+from recollect.runtime.llama_state import Batches, Layout, Part
 from recollect.types import Profile
 
 _log = logging.getLogger(__name__)
@@ -52,10 +52,6 @@ _CARD_PACE: Final = Pace(prefill_chunk=2048, shared_chunk=512, first_token_pause
 """A card computes a chunk in the time in which a processor computes a few tokens."""
 _MANY_LAYERS: Final = 1000
 _PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
-
-
-Part = tuple[int, int, Sequence[int], int]
-"""What a lane is fed: its number, the first token's position, the ids, how many of the last give logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +86,7 @@ class LlamaModel:
         self._model: int | None = None
         self._context: int | None = None
         self.layers_on_card = 0
-        self._batches = _Batches()
+        self._batches = Batches(MOST_FED)
         self.state_bytes = 0.0, 0.0
         """Of a sequence's state, in any case and for each token; known once it was learned."""
         self._load_what_fits()
@@ -412,54 +408,6 @@ class LlamaModel:
         """Return the kind of device that computes, by its backend: `CPU`, `CUDA`, `Metal`."""
         cards = self._cards() if self.layers_on_card else []
         return cards[0].backend if cards else "CPU"
-
-
-class _Batches:
-    """
-    A batch whose arrays are filled anew for each call, and live as long as a model.
-
-    Making them takes as long as everything else around a single token. Filling the library's own, token by
-    token, takes 3 ms for 512 of them.
-    """
-
-    def __init__(self) -> None:
-        self._tokens = np.zeros(MOST_FED, np.int32)
-        self._places = np.zeros(MOST_FED, np.int32)
-        self._ones = np.ones(MOST_FED, np.int32)
-        self._lanes = np.zeros(MOST_FED, np.int32)
-        self._outputs = np.zeros(MOST_FED, np.int8)
-        # Of each token the address of its lane's number.
-        step = self._lanes.itemsize
-        self._owners = self._lanes.ctypes.data + step * np.arange(MOST_FED, dtype=np.uintp)
-        number, small = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_int8)
-        self._batch = Batch(
-            0,
-            self._tokens.ctypes.data_as(number),
-            None,
-            self._places.ctypes.data_as(number),
-            self._ones.ctypes.data_as(number),
-            self._owners.ctypes.data_as(ctypes.POINTER(number)),
-            self._outputs.ctypes.data_as(small),
-        )
-
-    def fill(self, parts: Sequence[Part]) -> tuple[Batch, list[range]]:
-        """Return the batch of some parts, `MOST_FED` tokens at most, and where logits are wanted in each."""
-        wanted: list[range] = []
-        at = 0
-        for lane, start, ids, places in parts:
-            end = at + len(ids)
-            self._lanes[at:end] = lane
-            if end - at == 1:
-                self._tokens[at], self._places[at] = ids[0], start
-            else:
-                self._tokens[at:end] = ids
-                self._places[at:end] = np.arange(start, start + end - at)
-            self._outputs[at:end] = 0
-            self._outputs[end - places : end] = 1
-            wanted.append(range(end - places, end))
-            at = end
-        self._batch.n_tokens = at
-        return self._batch, wanted
 
 
 class LlamaVocabulary:
