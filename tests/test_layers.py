@@ -110,6 +110,7 @@ SINCE = (
     "marks of reasoning, found from a template",
     "what is said of that",
     "what the prefix cache took up and evicted, in numbers",
+    "guesses of what a reply says next",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

@@ -398,6 +398,10 @@ class Usage:
     read_ahead_tokens: int = 0
     """Computed tokens that were computed before the call, while the message was typed or nobody waited."""
     generated_tokens: int
+    drafted_tokens: int = 0
+    """Guesses of what comes next that were verified, more than one in a pass."""
+    accepted_tokens: int = 0
+    """Guesses that were right: generated tokens that took no pass of their own."""
     reasoning_tokens: int = 0
     """Generated tokens of reasoning, its marks included."""
     ttft_s: float

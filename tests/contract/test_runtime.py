@@ -184,6 +184,78 @@ def test_a_whole_block_can_be_fed_again(runtime: PagedRuntime) -> None:
     assert same(expected, runtime.forward([Row(ids[32:37], 32, [2, 3])]).logits[0])
 
 
+def drafted_or_refused(runtime: PagedRuntime) -> bool:
+    """Return whether rows can have guesses; one that cannot refuses them."""
+    if not runtime.info.most_drafted:
+        with pytest.raises(RuntimeFailure):
+            runtime.forward([Row(ids_of(3), 0, [0], drafted=1)])
+    return bool(runtime.info.most_drafted)
+
+
+@pytest.mark.parametrize("past", [0, 5, 29, 32])
+@pytest.mark.parametrize("drafted", [1, 3, 7, 31])
+def test_guesses_have_logits_each(runtime: PagedRuntime, past: int, drafted: int) -> None:
+    """Those after a token do not depend on the guesses behind it."""
+    if not drafted_or_refused(runtime):
+        return
+    ids = ids_of(past + 1 + drafted)
+    if past:
+        run(runtime, ids[:past], [0, 1, 2])
+    row = Row(ids[past:], past, [0, 1, 2], drafted=drafted)
+    logits = runtime.forward([row]).logits
+    assert logits.shape == (1 + drafted, runtime.info.vocab_size)
+    for number, found in enumerate(logits):
+        assert same(found, run(runtime, ids[: past + 1 + number], [3, 4, 5]))
+
+
+@pytest.mark.parametrize("agreed", [0, 2, 6])
+def test_guesses_are_written_over(runtime: PagedRuntime, agreed: int) -> None:
+    """Going on behind the guesses that were right finds nothing of the others."""
+    if not drafted_or_refused(runtime):
+        return
+    ids, guesses, then = ids_of(30), ids_of(6, 1), ids_of(9, 2)
+    run(runtime, ids[:-1], [0, 1])
+    runtime.forward([Row([ids[-1], *guesses], 29, [0, 1], drafted=6)])
+    kept = ids + guesses[:agreed]
+    for number, token in enumerate(then):
+        found = runtime.forward([Row([token], len(kept) + number, [0, 1])]).logits[0]
+        assert same(found, run(runtime, kept + then[: number + 1], [2, 3]))
+
+
+def test_guesses_beside_other_rows_keep_the_order(runtime: PagedRuntime) -> None:
+    if not drafted_or_refused(runtime):
+        return
+    rows = [ids_of(6, seed) for seed in range(5)]
+    alone = [run(runtime, ids, [10]) for ids in rows]
+    batch = runtime.forward(
+        [
+            Row(rows[0], 0, [0], wants_logits=False),
+            Row(rows[1], 0, [1]),
+            Row(rows[2], 0, [2], drafted=2),
+            Row(rows[3], 0, [3], drafted=3, wants_logits=False),
+            Row(rows[4], 0, [4], drafted=1),
+        ]
+    ).logits
+    assert len(batch) == 1 + 3 + 2
+    assert same(batch[0], alone[1])
+    assert same(batch[1], run(runtime, rows[2][:4], [10]))
+    assert same(batch[3], alone[2])
+    assert same(batch[5], alone[4])
+
+
+def test_guesses_leave_the_blocks_of_others_alone(runtime: PagedRuntime) -> None:
+    """The block that guesses reach into can be copied, read and shared up to where it counts."""
+    if not drafted_or_refused(runtime):
+        return
+    ids, guesses, other = ids_of(20), ids_of(4, 1), ids_of(3, 2)
+    run(runtime, ids[:-1], [0])
+    runtime.forward([Row([ids[-1], *guesses], 19, [0], drafted=4)])
+    runtime.copy_blocks([(0, 1)])
+    expected = run(runtime, ids + other, [2])
+    assert same(expected, runtime.forward([Row(other, 20, [1])]).logits[0])
+    assert same(expected, runtime.forward([Row(other, 20, [0])]).logits[0])
+
+
 BAD_ROWS = {
     "none": [],
     "no tokens": [Row([], 0, [0])],
@@ -198,6 +270,8 @@ BAD_ROWS = {
     "beyond the context": [Row([1] * 513, 0, list(range(17)))],
     "unknown token": [Row([10**7], 0, [0])],
     "negative token": [Row([-1], 0, [0])],
+    "no token before its guesses": [Row([1, 2], 0, [0], drafted=2)],
+    "less than no guesses": [Row([1, 2], 0, [0], drafted=-1)],
 }
 
 

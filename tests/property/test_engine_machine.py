@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import PublicPrefixes
-from recollect.engine.sampling import Generator
+from recollect.engine.sampling import Generator, choose_token
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure, StoreError
@@ -358,7 +358,7 @@ class EngineMachine(RuleBasedStateMachine):
         fails = self.runtime.fail_copy or self.runtime.fail_forward
         self._leaves_tails()
         single = generators[0] if len(generators) == 1 else None
-        bounds = self._bounds(single) if single is not None else None
+        bounds = self._reused_between(single) if single is not None else None
         fed = self.engine.computed_tokens
         try:
             yield
@@ -374,7 +374,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert least <= fed, "reused what nobody of this namespace has computed"
             assert self.disturbed or fed <= most, "computed what was in memory"
 
-    def _bounds(self, generator: Generator) -> tuple[int, int]:
+    def _reused_between(self, generator: Generator) -> tuple[int, int]:
         """Return how many tokens it takes at least and at most to have the logits."""
         sequence, ids = generator.sequence, self.model[generator]
         if sequence.logits is not None:
@@ -442,6 +442,52 @@ class WholeTailsMachine(WholeBlocksMachine):
     """The same where, besides, one can go on from the end of a prompt or a turn, and nowhere before it."""
 
     whole_tails = True
+
+
+class GuessingMachine(EngineMachine):
+    """The same where passes are fed guesses, right and wrong ones, which may wait to be judged for long."""
+
+    @rule(
+        generator=EngineMachine.generators,
+        right=st.integers(0, 5),
+        wrong=st.lists(st.integers(0, VOCAB - 1), max_size=5),
+    )
+    def guess(self, generator: Generator, right: int, wrong: list[int]) -> None:
+        """For the pass that computes the last token, whenever that is and whatever was said by then."""
+        ids = self.model[generator]
+        if not ids or generator.is_done():
+            return
+        comes = ids[:]
+        for _ in range(right):
+            logits = np.frombuffer(fresh(tuple(comes), False), np.float32)
+            comes.append(
+                choose_token(
+                    logits,
+                    generator.params,
+                    history=np.array(comes),
+                    reply_start=generator.reply_start,
+                    seed=generator.seed,
+                )
+            )
+        guesses = [*comes[len(ids) :], *wrong]
+        generator.sequence.draft = guesses[: CONTEXT - len(ids)]
+
+    @rule(
+        target=EngineMachine.generators,
+        generator=EngineMachine.generators,
+        right=st.integers(1, 5),
+        count=st.integers(1, 6),
+    )
+    def guess_and_fork(self, generator: Generator, right: int, count: int) -> Generator:
+        """Where only the last token is to be computed, and a part of what was guessed is judged."""
+        self.generate(generator, 1)
+        self.guess(generator, right, [1, 2, 3, 4])
+        self.generate(generator, count)
+        return self._fork(generator)
+
+    def _reused_between(self, generator: Generator) -> tuple[int, int]:
+        least, most = super()._reused_between(generator)
+        return least, most + len(generator.sequence.draft)
 
 
 class DiskMachine(EngineMachine):
@@ -521,6 +567,7 @@ def tolerated() -> contextlib.suppress:
 TestEngine = EngineMachine.TestCase
 TestEngineWithWholeBlocksOnly = WholeBlocksMachine.TestCase
 TestEngineWithADisk = DiskMachine.TestCase
+TestEngineWithGuesses = GuessingMachine.TestCase
 TestEngineWithWholeTails = WholeTailsMachine.TestCase
 TestEngineWithWholeTailsOnADisk = WholeTailsDiskMachine.TestCase
 
@@ -631,6 +678,46 @@ def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:
         return next(same, None) or insert(self, after, ids, block)
 
     patch.setattr(PrefixCache, "insert", careless)
+
+
+def _fork_with_the_blocks_of_guesses(patch: pytest.MonkeyPatch) -> None:
+    fork = TokenSequence.fork
+
+    def careless(self: TokenSequence) -> TokenSequence:
+        other = fork(self)
+        more = self.blocks[len(other.blocks) :]
+        self.memory.pool.retain(more)
+        other.blocks += more
+        return other
+
+    patch.setattr(TokenSequence, "fork", careless)
+
+
+def _keep_blocks_of_wrong_guesses(patch: pytest.MonkeyPatch) -> None:
+    truncate = TokenSequence.truncate
+
+    def careless(self: TokenSequence, length: int) -> None:
+        more = self.blocks[blocks_for(length, SIZE) :] if length == self.computed else []
+        self.memory.pool.retain(more)
+        truncate(self, length)
+        self.blocks += more
+
+    patch.setattr(TokenSequence, "truncate", careless)
+
+
+GUESSING_FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "a fork with the blocks of guesses": _fork_with_the_blocks_of_guesses,
+    "keeping blocks of wrong guesses": _keep_blocks_of_wrong_guesses,
+}
+
+
+@pytest.mark.parametrize("fault", GUESSING_FAULTS)
+def test_a_planted_fault_of_guesses_is_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
+) -> None:
+    GUESSING_FAULTS[fault](monkeypatch)
+    with pytest.raises(EXPECTED):
+        run_state_machine_as_test(GuessingMachine, settings=fault_search(300))
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

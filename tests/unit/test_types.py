@@ -109,6 +109,8 @@ def test_usage_is_plain_json_values() -> None:
         "computed_tokens": 1,
         "read_ahead_tokens": 0,
         "generated_tokens": 4,
+        "drafted_tokens": 0,
+        "accepted_tokens": 0,
         "reasoning_tokens": 0,
         "ttft_s": 0.5,
         "prefill_tps": 2.0,

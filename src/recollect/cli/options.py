@@ -362,6 +362,14 @@ class ModelOptions:
         ),
     ] = None
 
+    no_draft: Annotated[
+        bool,
+        typer.Option(
+            "--no-draft",
+            help="Compute each token in a pass of its own, also where a reply repeats what was said.",
+        ),
+    ] = False
+
     def check(self) -> None:
         """
         Raise what is wrong with the sizes, the layers, the format of calls and the setting for offline use.
@@ -433,6 +441,7 @@ class ModelOptions:
                 progress=progress,
                 offline=self.offline or None,
                 engine=self.engine,
+                draft=not self.no_draft,
             )
         if self.engine is None and self.runtime == "auto" and model.local.format == "gguf":
             device = model.engine.info.device

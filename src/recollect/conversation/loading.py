@@ -54,6 +54,7 @@ def load(
     offline: bool | None = None,
     tool_format: str | None = None,
     engine: str | None = None,
+    draft: bool = True,
 ) -> Model:
     """
     Return a loaded model, after fetching and converting it if that is needed.
@@ -94,6 +95,8 @@ def load(
             `docs/scale.md`. *model* then gives the tokenizer and the chat template, and may be a Hugging
             Face folder; no weights are loaded, and what is about KV here cannot be given. None: the model
             runs here.
+        draft: Whether replies that repeat what was said may take several tokens from one pass, where the
+            runtime can; see `docs/drafts.md`. An engine elsewhere decides that itself.
 
     Raises:
         EngineUnavailableError: No engine answers.
@@ -152,6 +155,7 @@ def load(
             store=store,
             cipher=cipher,
             tool_format=tool_format,
+            draft=draft,
         )
     except BaseException:
         if store is not None:

@@ -222,6 +222,7 @@ class Model:
         tool_format: str | None = None,
         tokenizer: Tokenizer | None = None,
         engine: Engine | None = None,
+        draft: bool = False,
     ) -> None:
         """
         Make a model from its loaded parts; `load` is the usual way.
@@ -237,6 +238,7 @@ class Model:
             tool_format: As in `load`.
             tokenizer: Of the model, where it is loaded already.
             engine: What computes, with *runtime*; the model owns it from now on. None: one is made.
+            draft: As in `load`, for the engine that is made.
         """
         self.name: Final = local.name
         self.local: Final = local
@@ -269,6 +271,7 @@ class Model:
             eos_token_ids=local.eos_token_ids,
             fingerprint=local.fingerprint,
             store=store,
+            draft=draft,
         )
         self.grammars: Final = Grammars(
             self.tokenizer,
@@ -630,6 +633,10 @@ class Model:
         conversation = self._conversation(namespace)
         stored = self.journal.load(name_or_id, namespace=namespace)
         conversation.load(self.journal, stored)
+        if self.engine.drafts is not None:
+            self.engine.drafts.learn(
+                namespace, [node.token_ids for node in stored.nodes if node.token_ids]
+            )
         return conversation
 
     def on_event(self, hook: Hook, *, namespace: str = "") -> Callable[[], None]:

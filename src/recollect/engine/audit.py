@@ -96,7 +96,10 @@ def check_sequence(sequence: Sequence) -> None:
     """Verify a history's block table and its chain."""
     assert 0 <= sequence.computed <= len(sequence), "more tokens have KV than there are"
     size = sequence.memory.info.block_size
-    covered = blocks_for(sequence.computed, size)
+    covered = blocks_for(sequence.computed + len(sequence._ahead), size)
+    assert not sequence._ahead or sequence.computed == len(sequence), (
+        "guesses behind what has no KV"
+    )
     assert len(sequence.blocks) == covered, "the table does not cover what has KV"
     ours = sequence.blocks[: len(sequence.chain)]
     assert [cached.block for cached in sequence.chain] == ours, "the chain is of other blocks"

@@ -11,13 +11,16 @@ import weakref
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from time import perf_counter, sleep
 from typing import Final
 
 from recollect.engine.audit import check_memory, check_scheduler
+from recollect.engine.drafts import Drafts
 from recollect.engine.scheduler import Chunks, Room, Scheduler, Task
-from recollect.engine.sequence import FeedPlan, Memory, Sequence
+from recollect.engine.sequence import Memory, Sequence
 from recollect.engine.tier import DiskTier, Speed
 from recollect.errors import MisuseError, RuntimeFailure
 from recollect.kv.blocks import BlockPool
@@ -27,7 +30,10 @@ from recollect.kv.record import Identity, Names
 from recollect.runtime.base import Logits, PagedRuntime, allocate
 
 Result = Logits | Exception | None
-"""What a pass gave a task: the logits after its history, why it failed, or None where more is to be fed."""
+"""
+What a pass gave a task: the logits after its history and after each guess behind that, `(n, vocab_size)`; why
+it failed; or None where more is to be fed.
+"""
 
 LINGER_S: Final = 2.0
 """The thread ends after so long without work; the next task starts another."""
@@ -52,6 +58,7 @@ class Engine:
         eos_token_ids: Collection[int] = (),
         fingerprint: str = "",
         store: DiskStore | None = None,
+        draft: bool = False,
     ) -> None:
         allocate(runtime, num_blocks)
         self.runtime: Final = runtime
@@ -71,8 +78,11 @@ class Engine:
         """What computing and reading from disk cost, as measured here."""
         self.tier = DiskTier.over(store, identity, runtime, self.memory, self.speed)
         """The tier below memory; None: there is none."""
+        can_draft = info.most_drafted and info.reuse.inside_blocks
+        self.drafts = Drafts(info) if draft and can_draft else None
+        """What is guessed for replies; None: nothing is."""
         self.computed_tokens = 0
-        """Tokens fed so far, counted at the forward pass."""
+        """Tokens fed so far, guesses among them, counted at the forward pass."""
         self.forward_passes = 0
         """Forward passes so far, without those that failed."""
         self._scheduler = Scheduler(info.block_size, info.pace)
@@ -337,7 +347,7 @@ class Engine:
         for task, fed in list(chunks.items()):
             # The pass that failed may have changed all of a block.
             start = self.info.reuse.longest_cut(fed.start)
-            alone = {task: FeedPlan(start, fed.end)}
+            alone = {task: replace(fed, start=start)}
             results |= self._feed(alone, [])
             chunks |= alone
         return results
@@ -349,19 +359,30 @@ class Engine:
         rows = [task.sequence.row(fed) for task, fed in chunks.items()]
         begun = perf_counter()
         result = self.runtime.forward(rows)
-        self.speed.computed(rows, perf_counter() - begun)
+        taken = perf_counter() - begun
+        self.speed.computed(rows, taken)
+        if self.drafts is not None:
+            self.drafts.times.note(rows, taken)
         for task, start in zip(list(chunks), result.starts, strict=False):
-            chunks[task] = FeedPlan(start, chunks[task].end)
+            chunks[task] = replace(chunks[task], start=start)
         self.forward_passes += 1
-        self.computed_tokens += sum(fed.tokens for fed in chunks.values())
-        wanting = [task for task, row in zip(chunks, rows, strict=True) if row.wants_logits]
-        return dict.fromkeys(chunks) | dict(zip(wanting, result.logits, strict=True))
+        self.computed_tokens += sum(fed.end - fed.start for fed in chunks.values())
+        ends = accumulate(row.places for row in rows)
+        return {
+            task: result.logits[end - row.places : end] if row.places else None
+            for task, row, end in zip(chunks, rows, ends, strict=True)
+        }
 
     def _deliver(self, task: Task) -> None:
         """Let a task use its logits; whatever its callback raises ends that task and no other."""
         failure: Exception | None = None
         try:
-            if task.on_logits():
+            goes_on = task.on_logits()
+            while goes_on and task.sequence.logits is not None and not task.cancelled:
+                goes_on = task.on_logits()  # the token that it chose was guessed
+            if self.drafts is not None and task.forced is not None:
+                self.drafts.follow(task.sequence, task.forced() if goes_on else None)
+            if goes_on:
                 return
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the task
             failure = error

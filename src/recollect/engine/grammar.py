@@ -474,6 +474,18 @@ class GrammarState:
         """Return the token that opens reasoning where the grammar would begin; None: none may."""
         return None if reply or self._reasoning is None else self._reasoning.opening
 
+    def forced(self, reply: list[int]) -> list[int]:
+        """
+        Return the tokens of the text that has to follow the reply, as the tokenizer cuts it; perhaps none.
+
+        Other tokens may say the same text, so that they are a guess all the same.
+        """
+        start = self.start_in(reply)
+        if start is None or self.opening(reply) is not None:
+            return []
+        self._follow(reply[start:])
+        return [] if self._matcher.is_stopped() else self._matcher.compute_ff_tokens()
+
     def is_finished(self, reply: list[int]) -> bool:
         """Return whether nothing but the end may follow the reply."""
         start = self.start_in(reply)

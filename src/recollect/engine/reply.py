@@ -125,6 +125,7 @@ class _Generation:
         self.task = Task(
             generator.sequence,
             self._generate,
+            forced=generator.forced_tokens,
             hand_over=self.stream.hand_over,
             on_end=self._end,
         )
@@ -142,8 +143,7 @@ class _Generation:
         """Generate one token, on the engine's thread; return whether to go on."""
         token = self._generator.generate_next_token()
         self.last_token_s = time.perf_counter()
-        if self.first_token_s is None:
-            self.first_token_s = self.last_token_s
+        self.first_token_s = self.first_token_s or self.last_token_s
         if token is not None:
             self.tokens += 1
             self.stream.put((token, self._generator.likelihood))
@@ -541,6 +541,8 @@ class ReplyGeneration:
             computed_tokens=computed + read_ahead,
             read_ahead_tokens=read_ahead,
             generated_tokens=generation.tokens,
+            drafted_tokens=self._sequence.drafted_tokens,
+            accepted_tokens=self._sequence.accepted_tokens,
             reasoning_tokens=self._reader.reasoning_tokens,
             ttft_s=first_s - self._since_s,
             prefill_tps=tokens_per_second(computed, first_s - generation.begun_s),

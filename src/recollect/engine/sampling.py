@@ -447,6 +447,12 @@ class Generator:
             self._finish_reason = "length"
         return token
 
+    def forced_tokens(self) -> list[int]:
+        """Return tokens that the grammar lets come next alone, as far as it says so at once."""
+        if self._grammar is None:
+            return []
+        return self._grammar.forced(self._sequence.tokens(self.reply_start))
+
     def is_done(self) -> bool:
         """Return whether the reply has ended."""
         return self._finish_reason is not None

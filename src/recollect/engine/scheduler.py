@@ -10,6 +10,7 @@ they decide. All of it happens on the engine's thread, but for `Scheduler.add`.
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Final, Literal
 
@@ -34,6 +35,8 @@ class Task:
     on_logits: Callable[[], bool]
     """Called whenever the logits after the sequence are known. May append to it; returns whether to go on."""
     _: KW_ONLY
+    forced: Callable[[], Tokens[int]] | None = None
+    """Returns what is known to come next, if anything is; None: nothing that may come next is guessed."""
     idle: bool = False
     """Whether it runs only while there is nothing else to do."""
     spare: bool = False
@@ -297,15 +300,16 @@ class Room:
         Decide on the next pass, and make its slots writable.
 
         Where blocks run short, the first of these steps that helps is taken, and the pass is planned
-        anew: evict what only the cache holds; take blocks back from the cache, so that they need no
-        copy; park tasks that wait; preempt the newest task of the namespace with the most. Where none
-        of them helps, only one runs, and it has failed.
+        anew: evict what only the cache holds; guess nothing; take blocks back from the cache, so that
+        they need no copy; park tasks that wait; preempt the newest task of the namespace with the most.
+        Where none of them helps, only one runs, and it has failed.
 
         Returns:
             What to feed, which may be nothing, and blocks to copy before it, `(source, target)` each.
         """
         steps: list[Callable[[Chunks], bool]] = [
             self._evict,
+            self._guess_nothing,
             self._take_tails_back,
             self._park_waiting,
             self._preempt_newest,
@@ -337,6 +341,11 @@ class Room:
 
     def _evict(self, chunks: Chunks) -> bool:
         return self._memory.cache.evict(self._short(chunks)) > 0
+
+    def _guess_nothing(self, chunks: Chunks) -> bool:
+        for task in chunks:
+            task.sequence.draft = ()
+        return any(fed.drafted for fed in chunks.values())
 
     def _take_tails_back(self, chunks: Chunks) -> bool:
         return any(task.sequence.take_back(fed.start) for task, fed in chunks.items())

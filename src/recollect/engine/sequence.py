@@ -10,6 +10,7 @@ tells a sequence what they have computed.
 import threading
 import weakref
 from array import array
+from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
@@ -28,11 +29,13 @@ class FeedPlan:
 
     start: int
     end: int
+    drafted: int = 0
+    """How many of these are guesses, which follow the history and are not in it."""
 
     @property
     def tokens(self) -> int:
-        """Return how many tokens these are."""
-        return self.end - self.start
+        """Return how many tokens of the history are fed; 1: the next one of a reply is all that is wanted."""
+        return self.end - self.start - self.drafted
 
 
 def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
@@ -93,6 +96,8 @@ class Sequence:
         3. The chain is the cache's nodes for the leading blocks of the table, in order, and they are of
            this history. It covers all full blocks, unless the sequence shares with nobody.
         4. Logits, where known, are those after the last token.
+        5. While guesses that a pass was fed are to be judged, the table has the blocks for them too, logits
+           are known, and all of the history is computed.
     """
 
     def __init__(self, memory: Memory, namespace: str | None) -> None:
@@ -116,6 +121,10 @@ class Sequence:
         """Tokens of this sequence that went through a forward pass, counted there."""
         self.logits: Logits | None = None
         """The logits after the last token, `(vocab_size,)`, not to be changed; None: unknown."""
+        self.draft: Tokens[int] = ()
+        """Guesses of what follows, which the pass that computes the last token is fed too."""
+        self.drafted_tokens = self.accepted_tokens = 0
+        """Guesses that went through a pass, and those of them that the history then had."""
         self.session = ""
         """Which conversation it is of: engines elsewhere keep those with equal ones together."""
         self.branch_point = 0
@@ -126,6 +135,9 @@ class Sequence:
         self.moved = False
         """Whether another replica of an engine elsewhere has KV of it that this one lacked."""
         self._token_ids = array("q")
+        self._ahead: deque[tuple[int, Logits]] = (
+            deque()
+        )  # guesses to be judged, with the logits after each
         self._id = SequenceId()
         self._finalizer = weakref.finalize(self, memory.pool.drop, self.blocks)
         self._finalizer.atexit = False  # when the program ends, the whole pool goes
@@ -179,6 +191,8 @@ class Sequence:
         check_append(token_ids, len(self), self.memory.info)
         self._token_ids += array("q", token_ids)  # made first: all of them or none
         self.logits = None
+        if self._ahead:
+            self._judge(token_ids)
 
     def rewind_to(self, length: int) -> None:
         """
@@ -213,7 +227,7 @@ class Sequence:
             other = type(self)(self.memory, self.namespace)
             other.session, other.branch_point = self.session, self.branch_point
             other._token_ids += self._token_ids
-            other._hold(self.blocks)
+            other._hold(self.blocks[: blocks_for(self.computed, self.memory.info.block_size)])
             other.chain += self.chain
             other.computed = self.computed
         other.logits = self.logits
@@ -249,6 +263,8 @@ class Sequence:
         plan = plan_feed(len(self), self.computed, self.memory.info.reuse)
         if self.memory.info.reuse.whole_tails and plan.start < self.branch_point < plan.end:
             return FeedPlan(plan.start, self.branch_point)
+        if self.draft and plan.tokens == 1:
+            return FeedPlan(plan.start, plan.end + len(self.draft), len(self.draft))
         return plan
 
     def is_warm(self) -> bool:
@@ -268,11 +284,12 @@ class Sequence:
     def row(self, fed: FeedPlan) -> Row:
         """Return the sequence's share of a forward pass that feeds *fed*. For the engine."""
         return Row(
-            token_ids=self.tokens(fed.start, fed.end),
+            token_ids=[*self.tokens(fed.start, fed.end), *self.draft[: fed.drafted]],
             past=fed.start,
             block_table=self.blocks,
-            wants_logits=fed.end == len(self),
+            wants_logits=fed.end - fed.drafted == len(self),
             sequence=self._id,
+            drafted=fed.drafted,
         )
 
     @property
@@ -348,12 +365,40 @@ class Sequence:
         Take note of a forward pass that computed the KV of *fed*, and let others find it.
 
         A block that another sequence computed meanwhile replaces ours, so that both hold one.
+
+        Args:
+            fed: What the pass was fed.
+            logits: After the history and after each guess, `(1 + drafted, vocab_size)`; None: none.
         """
-        self.fed_tokens += fed.tokens
-        self.computed = fed.end
-        self.logits = logits
+        self.fed_tokens += fed.end - fed.start
+        self.computed = fed.end - fed.drafted
+        self.logits = None if logits is None else logits[0]
+        if logits is not None and fed.drafted:
+            self.drafted_tokens += fed.drafted
+            self._ahead.extend(zip(self.draft, logits[1:], strict=True))
+        self.draft = ()
+        self._share_full_blocks()
+        is_prompt = logits is not None and fed.tokens > 1
+        if is_prompt or fed.end == self.branch_point:
+            self.leave_tail()  # others may send the same prompt, or the next turn may begin here
+
+    def _judge(self, token_ids: Tokens[int]) -> None:
+        """Keep the KV of the next guess if that is what the history now has; if not, of no guess."""
+        guess, logits = self._ahead.popleft()
+        with self.memory.lock:
+            if list(token_ids) == [guess]:
+                self.accepted_tokens += 1
+                self.computed += 1
+                self.logits = logits
+                self._share_full_blocks()
+            else:
+                self.truncate(self.computed)
+                self._id.rewind_to(self.computed)
+
+    def _share_full_blocks(self) -> None:
+        """Put the blocks that are full into the cache."""
         size, pool = self.memory.info.block_size, self.memory.pool
-        for index in range(len(self.chain), fed.end // size):
+        for index in range(len(self.chain), self.computed // size):
             if (after := self.last_full) is None:
                 return
             tokens = self._token_ids[index * size : (index + 1) * size]
@@ -362,9 +407,6 @@ class Sequence:
             pool.release([self.blocks[index]])
             self.blocks[index] = cached.block
             self.chain.append(cached)
-        is_prompt = logits is not None and fed.tokens > 1
-        if is_prompt or fed.end == self.branch_point:
-            self.leave_tail()  # others may send the same prompt, or the next turn may begin here
 
     def leave_tail(self) -> None:
         """Let others find the last block, though it is not full; who writes on copies it then."""
@@ -375,7 +417,8 @@ class Sequence:
         cache.insert(after, self._token_ids[start : self.computed], self.blocks[len(self.chain)])
 
     def truncate(self, length: int) -> None:
-        """Hold the KV of the first *length* tokens only, at most `computed`; leave nothing behind."""
+        """Hold the KV of the first *length* tokens only, at most `computed`, and of no guess."""
+        self._ahead.clear()
         size = self.memory.info.block_size
         keep = blocks_for(length, size)
         self.memory.pool.release(self.blocks[keep:])

@@ -87,9 +87,19 @@ class Row:
     block_table: Sequence[int]
     """Block numbers in order of position; at least ceil((past + n) / block_size) of them."""
     wants_logits: bool = True
-    """Whether the logits after the last token are returned."""
+    """Whether logits are returned: those after the last token, and after guesses."""
     sequence: SequenceId | None = None
     """Which sequence it is of; None: nobody knows it."""
+    drafted: int = 0
+    """
+    How many of its last tokens are guesses. Where logits are wanted they are returned after each of these
+    too, so that a guess can be compared with what follows the token before it.
+    """
+
+    @property
+    def places(self) -> int:
+        """Return after how many of its last tokens logits are returned."""
+        return 1 + self.drafted if self.wants_logits else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +214,11 @@ class RuntimeInfo:
     pace: Pace = Pace()
     lanes: Lanes | None = None
     """What is taken besides the blocks; None: nothing."""
+    most_drafted: int = 0
+    """
+    Most guesses that a row can have (`Row.drafted`); 0: none. The pass that follows may begin at one of them,
+    and write others over them.
+    """
 
     def kv_bytes(self, num_blocks: int) -> int:
         """Return how much of the machine's memory a pool of that many blocks takes, with its lanes."""
@@ -219,7 +234,7 @@ class PassResult:
     """What a forward pass gives."""
 
     logits: Logits
-    """New, `(rows that want logits, vocab_size)`, in the order of the rows."""
+    """New, `(places of all rows, vocab_size)`, in the order of the rows: one each, and more with guesses."""
     starts: Sequence[int] = ()
     """
     From which position each row was computed, at most its `past`: a runtime that owns its KV may have
@@ -368,6 +383,8 @@ def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:
             or end > min(info.context_length, len(row.block_table) * info.block_size)
         ):
             raise RuntimeFailure(f"A row of {count} tokens at {row.past} does not fit its blocks.")
+        if not 0 <= row.drafted < min(count, 1 + info.most_drafted):
+            raise RuntimeFailure(f"A row of {count} tokens cannot have {row.drafted} guesses here.")
         if min(row.token_ids) < 0 or max(row.token_ids) >= info.vocab_size:
             raise RuntimeFailure(f"A row holds a token id that is not in [0, {info.vocab_size}).")
         check_blocks(row.block_table, num_blocks)
@@ -440,6 +457,7 @@ class ReferenceRuntime:
             pace=pace,
             reuse=Reuse(unit=block_size if whole_blocks_only else 1, whole_tails=whole_tails),
             kv_format=f"i8x{block_size}x{_FIELDS}",
+            most_drafted=0 if whole_blocks_only else context_length,
         )
         self._slots: npt.NDArray[np.int64] | None = None
 
@@ -457,7 +475,13 @@ class ReferenceRuntime:
         check_rows(rows, self._info, len(allocated(self._slots)))
         for row in rows:
             self._write(row)
-        wanted = [self._logits(row) for row in rows if row.wants_logits]
+        wanted = [
+            self._logits(row, end)
+            for row in rows
+            for end in range(
+                row.past + len(row.token_ids) - row.places, row.past + len(row.token_ids)
+            )
+        ]
         none = np.empty((0, self._info.vocab_size), np.float32)
         return PassResult(np.stack(wanted) if wanted else none)
 
@@ -504,8 +528,8 @@ class ReferenceRuntime:
             ):  # as a scale over the block changes all slots before
                 slots[block, : slot + 1, _SCALE] = digest
 
-    def _logits(self, row: Row) -> Logits:
-        context = self._context(row, row.past + len(row.token_ids))
+    def _logits(self, row: Row, place: int) -> Logits:
+        context = self._context(row, place + 1)
         seed = int.from_bytes(hashlib.blake2b(context.tobytes(), digest_size=8).digest(), "little")
         noise = np.random.Generator(np.random.Philox(key=seed))
         return noise.standard_normal(self._info.vocab_size, np.float32) * np.float32(4)

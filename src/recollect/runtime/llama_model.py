@@ -25,8 +25,8 @@ import psutil
 
 from recollect.errors import ConfigError, MisuseError, RuntimeFailure, UnsupportedModelError
 from recollect.runtime.base import Lanes, Logits, Pace, Reuse, RuntimeInfo
-from recollect.runtime.llama_library import KV_TYPES, Batch, Device, LlamaLibrary, library
-from recollect.runtime.llama_state import Layout
+from recollect.runtime.llama_library import KV_TYPES, Device, LlamaLibrary, library
+from recollect.runtime.llama_state import Batches, Layout, Part
 from recollect.types import Profile
 
 _log = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ RECURRENT_BLOCK_SIZE: Final = 256
 """The same where each block also has a recurrent state, which may be as large as the KV of many tokens."""
 MOST_LANES: Final = 4
 """Sequences of the library: each has KV for a full context, besides what the blocks have."""
+MOST_DRAFTED: Final = 31
+"""Guesses in a pass, whose logits take memory: 19 MB where there are 151,936 of them after each."""
 MOST_FED: Final = 2048
 """Most tokens in one call; more are several calls."""
 _CELL_STEP: Final = 256
@@ -50,10 +52,6 @@ _CARD_PACE: Final = Pace(prefill_chunk=2048, shared_chunk=512, first_token_pause
 """A card computes a chunk in the time in which a processor computes a few tokens."""
 _MANY_LAYERS: Final = 1000
 _PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
-
-
-Part = tuple[int, int, Sequence[int], bool]
-"""What a lane is fed: its number, the position of the first token, the ids, whether logits are wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +86,7 @@ class LlamaModel:
         self._model: int | None = None
         self._context: int | None = None
         self.layers_on_card = 0
-        self._batches = _Batches()
+        self._batches = Batches(MOST_FED)
         self.state_bytes = 0.0, 0.0
         """Of a sequence's state, in any case and for each token; known once it was learned."""
         self._load_what_fits()
@@ -243,8 +241,8 @@ class LlamaModel:
         cells = -(-cells // _CELL_STEP) * _CELL_STEP
         params.n_ctx, params.n_seq_max = cells * lanes, lanes
         params.n_batch, params.n_ubatch = MOST_FED, min(512, MOST_FED)
-        # One for each lane: by default there is memory for all tokens' logits.
-        params.n_outputs_max = lanes
+        # By default there is memory for all tokens' logits, which is far more.
+        params.n_outputs_max = lanes + MOST_DRAFTED
         params.kv_unified, params.swa_full = False, True
         params.type_k = params.type_v = KV_TYPES[self.kv_type]
         params.flash_attn_type = int(self.flash_attention)
@@ -269,16 +267,16 @@ class LlamaModel:
             f"{card:,} bytes on the card, of which {self._free_on_cards():,} are free, and {there}"
         )
 
-    def decode(self, parts: Sequence[Part]) -> list[Logits | None]:
+    def decode(self, parts: Sequence[Part]) -> list[list[Logits]]:
         """
-        Compute parts, `MOST_FED` tokens at most; return the logits after the last token of each.
+        Compute parts, `MOST_FED` tokens at most; return the logits after the last tokens of each.
 
         The library lets go of the interpreter's lock meanwhile.
 
         Raises:
             RuntimeFailure: It failed. What these lanes hold from those positions on is undefined.
         """
-        batch, last = self._batches.fill(parts)
+        batch, wanted = self._batches.fill(parts)
         code = self.lib.decode(self._context, batch)
         if code:
             lost = (
@@ -289,10 +287,7 @@ class LlamaModel:
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
                 + (lost if self.layers_on_card else "")
             )
-        return [
-            self._logits(place) if wants else None
-            for place, (_, _, _, wants) in zip(last, parts, strict=True)
-        ]
+        return [[self._logits(place) for place in places] for places in wanted]
 
     def _logits(self, place: int) -> Logits:
         address = self.lib.llama_get_logits_ith(self._context, place)
@@ -344,7 +339,7 @@ class LlamaModel:
         ids = [min(number + 1, self.vocab_size - 1) for number in range(_LEARNED_CELLS)]
         states = []
         for past in (0, _LEARNED_CELLS):
-            self.decode([(1, past, ids, False)])
+            self.decode([(1, past, ids, 0)])
             states.append(self.state(1))
         per_token = (len(states[1]) - len(states[0])) / _LEARNED_CELLS
         self.state_bytes = len(states[0]) - per_token * _LEARNED_CELLS, per_token
@@ -400,6 +395,7 @@ class LlamaModel:
             ),
             pace=Pace() if device == "CPU" else _CARD_PACE,
             lanes=None if layout is None else lanes,
+            most_drafted=0 if layout is None or layout.recurrent else MOST_DRAFTED,
         )
 
     def _share_on_cards(self) -> float:
@@ -412,54 +408,6 @@ class LlamaModel:
         """Return the kind of device that computes, by its backend: `CPU`, `CUDA`, `Metal`."""
         cards = self._cards() if self.layers_on_card else []
         return cards[0].backend if cards else "CPU"
-
-
-class _Batches:
-    """
-    A batch whose arrays are filled anew for each call, and live as long as a model.
-
-    Making them takes as long as everything else around a single token. Filling the library's own, token by
-    token, takes 3 ms for 512 of them.
-    """
-
-    def __init__(self) -> None:
-        self._tokens = np.zeros(MOST_FED, np.int32)
-        self._places = np.zeros(MOST_FED, np.int32)
-        self._ones = np.ones(MOST_FED, np.int32)
-        self._lanes = np.zeros(MOST_FED, np.int32)
-        self._outputs = np.zeros(MOST_FED, np.int8)
-        # Of each token the address of its lane's number.
-        step = self._lanes.itemsize
-        self._owners = self._lanes.ctypes.data + step * np.arange(MOST_FED, dtype=np.uintp)
-        number, small = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_int8)
-        self._batch = Batch(
-            0,
-            self._tokens.ctypes.data_as(number),
-            None,
-            self._places.ctypes.data_as(number),
-            self._ones.ctypes.data_as(number),
-            self._owners.ctypes.data_as(ctypes.POINTER(number)),
-            self._outputs.ctypes.data_as(small),
-        )
-
-    def fill(self, parts: Sequence[Part]) -> tuple[Batch, list[int]]:
-        """Return the batch of some parts, `MOST_FED` tokens at most, and where each one's last token is."""
-        last: list[int] = []
-        at = 0
-        for lane, start, ids, wants in parts:
-            end = at + len(ids)
-            self._lanes[at:end] = lane
-            if end - at == 1:
-                self._tokens[at], self._places[at] = ids[0], start
-            else:
-                self._tokens[at:end] = ids
-                self._places[at:end] = np.arange(start, start + end - at)
-                self._outputs[at:end] = 0
-            self._outputs[end - 1] = wants
-            last.append(end - 1)
-            at = end
-        self._batch.n_tokens = at
-        return self._batch, last
 
 
 class LlamaVocabulary:

@@ -35,7 +35,7 @@ from recollect.runtime.base import (
     check_rows,
 )
 from recollect.runtime.llama_library import KV_TYPES, library
-from recollect.runtime.llama_model import MOST_FED, LlamaModel, LlamaOptions
+from recollect.runtime.llama_model import MOST_DRAFTED, MOST_FED, LlamaModel, LlamaOptions
 from recollect.runtime.llama_state import Layout
 from recollect.runtime.sequences import Feed, SequenceAdapter, common_length
 
@@ -78,11 +78,15 @@ class _Job:
     blocks: npt.NDArray[np.int64]
     at: int
     """The position of the next token to be computed."""
-    logits: Logits | None = None
+    logits: list[Logits] = field(default_factory=list)
 
     @property
     def end(self) -> int:
         return self.row.past + len(self.row.token_ids)
+
+    def places(self, end: int) -> int:
+        """Return after how many of the last tokens before *end*, where a part of it ends, it wants logits."""
+        return max(0, end - max(self.at, self.end - self.row.places))
 
 
 class LlamaCppRuntime:
@@ -243,18 +247,19 @@ class LlamaCppRuntime:
         # One row's slots are another row's past nowhere: so marks can be set for all of them first.
         while todo := [job for job in jobs if job.at < job.end]:
             self._advance(todo)
-        return [job.logits for job in jobs if job.logits is not None]
+        return [logits for job in jobs for logits in job.logits]
 
     def _advance(self, jobs: Sequence[_Job]) -> None:
         """Compute as much of the jobs as one call takes."""
-        room = MOST_FED
+        room, places = MOST_FED, len(self._lanes) + MOST_DRAFTED
         parts: list[tuple[_Job, int]] = []
         # Ascending lanes that follow each other are computed together; others one after another.
         for job in sorted(jobs, key=lambda one: one.lane.number):
             end = min(job.end, job.at + room, (job.at // self._step + 1) * self._step)
-            if end > job.at:
+            if end > job.at and job.places(end) <= places:
                 parts.append((job, end))
                 room -= end - job.at
+                places -= job.places(end)
         try:
             logits = self.model.decode(
                 [
@@ -262,7 +267,7 @@ class LlamaCppRuntime:
                         job.lane.number,
                         job.at,
                         job.row.token_ids[job.at - job.row.past : end - job.row.past],
-                        job.row.wants_logits and end == job.end,
+                        job.places(end),
                     )
                     for job, end in parts
                 ]
@@ -276,7 +281,7 @@ class LlamaCppRuntime:
                         self._truncate(job.lane, job.at)
             raise
         for (job, end), given in zip(parts, logits, strict=True):
-            job.logits = given
+            job.logits += given
             self._note(job, end)
 
     def _note(self, job: _Job, end: int) -> None:
@@ -461,10 +466,9 @@ class LlamaSequences:
                 for start in range(0, len(feed.token_ids), MOST_FED):
                     ids = feed.token_ids[start : start + MOST_FED].tolist()
                     is_last = start + len(ids) == len(feed.token_ids)
-                    wants = feed.wants_logits and is_last
+                    wants = int(feed.wants_logits and is_last)
                     (logits,) = self.model.decode([(feed.sequence, feed.past + start, ids, wants)])
-                    if logits is not None:
-                        wanted.append(logits)
+                    wanted += logits
         none = np.empty((0, self._info.vocab_size), np.float32)
         return np.stack(wanted) if wanted else none
 

@@ -75,6 +75,8 @@ class Cost:
     restored_tokens: int
     """Of those, the ones whose KV came from disk."""
     generated_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     reasoning_tokens: int = 0
     ttft_s: float
     time_saved_s: float | None
@@ -141,6 +143,8 @@ class Cost:
             "computed_tokens": self.computed_tokens,
             "reused_tokens": self.reused_tokens,
             "restored_tokens": self.restored_tokens,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
             "tier": self.tier,
             "time_saved_s": None if self.time_saved_s is None else round(self.time_saved_s, 4),
             "ttft_s": round(self.ttft_s, 4),
@@ -195,6 +199,8 @@ def cost(
         reused_tokens=sum(usage.reused_tokens for usage in most),
         restored_tokens=sum(usage.restored_tokens for usage in most),
         generated_tokens=sum(usage.generated_tokens for usage in usages),
+        drafted_tokens=sum(usage.drafted_tokens for usage in usages),
+        accepted_tokens=sum(usage.accepted_tokens for usage in usages),
         reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
         ttft_s=min(usage.ttft_s for usage in usages),
         time_saved_s=sum(seconds for seconds in saved if seconds is not None)
@@ -280,6 +286,12 @@ class Metrics:
         self._generated = Counter(
             "recollect_generated_tokens", "Tokens generated.", ["model"], registry=registry
         )
+        self._guesses = Counter(
+            "recollect_drafted_tokens",
+            "Tokens that were guessed, by whether they were right.",
+            ["model", "outcome"],
+            registry=registry,
+        )
         self._reasons = Counter(
             "recollect_replies",
             "Replies, by why what was computed was not reused.",
@@ -329,6 +341,9 @@ class Metrics:
         self._tokens.labels(model, "memory").inc(usage.reused_tokens - usage.restored_tokens)
         self._tokens.labels(model, "disk").inc(usage.restored_tokens)
         self._generated.labels(model).inc(usage.generated_tokens)
+        wrong = usage.drafted_tokens - usage.accepted_tokens
+        self._guesses.labels(model, "accepted").inc(usage.accepted_tokens)
+        self._guesses.labels(model, "rejected").inc(wrong)
         self._reasons.labels(model, usage.reason).inc()
         if usage.generated_tokens:
             self._first_token.labels(model).observe(usage.ttft_s)

@@ -26,6 +26,8 @@ export interface Usage {
   computed_tokens: number;
   read_ahead_tokens: number;
   generated_tokens: number;
+  drafted_tokens: number;
+  accepted_tokens: number;
   ttft_s: number;
   prefill_tps: number | null;
   decode_tps: number | null;

@@ -1,0 +1,394 @@
+"""
+Guesses of what a reply says next, from what was said before, and how many of them a pass should verify.
+
+A reply that repeats something (an answer that is generated again, code that is given back with a change)
+need not be decoded token by token. `SuffixIndex` finds where the last tokens of a text came before, and
+what followed there. `PassTimes` knows what wider passes cost on this machine. `Drafts` puts both together
+for each reply: as many guesses are fed behind its last token as pay by what was right lately. The engine
+then has the logits after each guess, and the reply chooses its tokens from these as it would have without:
+a guess is kept where the same token is chosen, and nothing else depends on it. Knows token ids alone.
+"""
+
+from array import array
+from bisect import bisect
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from math import inf
+from typing import Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from recollect.engine.sequence import Sequence
+from recollect.runtime.base import Row, RuntimeInfo
+from recollect.runtime.sequences import common_length
+
+TokenArray = npt.NDArray[np.int64]
+
+KEY: Final = 2
+"""Tokens that have to come before a guess: two places with the same ones are compared further."""
+LONGEST: Final = 32
+"""Tokens before a place that are compared at most; what agrees so far is the same text."""
+MOST_COMPARED: Final = 16
+"""Places that are compared, the last ones first; looking further would cost what a token may cost."""
+MOST_GUESSED: Final = 31
+"""Guesses in a row. Beyond a pass over 32 tokens the cost of each no longer falls: benchmarks/drafts.py."""
+BYTES_PER_TOKEN: Final = 200
+"""Of an index: id, link and the entry by key. Source: tracemalloc, in the tests of this module."""
+MOST_BYTES: Final = 64 << 20
+"""Of the indexes of all namespaces together: 330,000 tokens."""
+
+_SHIFT: Final = 32
+_MASK: Final = (1 << _SHIFT) - 1
+_NOWHERE: Final = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What may follow a text."""
+
+    token_ids: list[int]
+    """In order; empty: nothing is known."""
+    same: int = 0
+    """How many tokens before it are the same where it comes from, at most `LONGEST`."""
+
+
+class Text:
+    """A text in an index, or a part of one with some tokens before it; it only grows."""
+
+    __slots__ = ("ids", "links", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.ids = array("i")
+        self.links = array("q")
+        """By token: the place before that had the same key; `_NOWHERE`: there is none."""
+
+
+class SuffixIndex:
+    """
+    Where pairs of tokens came before, in texts that grow.
+
+    A place is a token of a text, found by the `KEY` tokens before it; each leads to the one before with the
+    same key. Adding a token takes constant time, and so does a look-up: see `MOST_COMPARED`.
+
+    Invariants:
+        1. Each key leads to the place that was added last, if its text is still there.
+        2. Links lead to places that were added earlier.
+    """
+
+    def __init__(self) -> None:
+        self._texts: OrderedDict[int, Text] = OrderedDict()
+        self._last: dict[int, int] = {}
+        self._next = 0
+        self.tokens = 0
+        """In all texts."""
+        self.compared = 0
+        """Tokens that look-ups have compared, for tests."""
+
+    def begin(self, before: Tokens[int] = ()) -> Text:
+        """Return a new text. The tokens *before* it are what it follows, and are in the index already."""
+        text = Text(self._next)
+        self._next += 1
+        self._texts[text.number] = text
+        text.ids.extend(before)
+        text.links.extend([_NOWHERE] * len(before))
+        self.tokens += len(before)
+        return text
+
+    def extend(self, text: Text, token_ids: Tokens[int]) -> None:
+        """Add tokens to the end of a text; one that was dropped stays as it is."""
+        if text.number not in self._texts:
+            return
+        ids, links, last = text.ids, text.links, self._last
+        start = len(ids)
+        ids.extend(token_ids)
+        self.tokens += len(ids) - start
+        links.extend([_NOWHERE] * min(KEY - start, len(token_ids)) if start < KEY else [])
+        base = text.number << _SHIFT
+        for place in range(max(start, KEY), len(ids)):
+            key = ids[place - 2] << _SHIFT | ids[place - 1]
+            links.append(last.get(key, _NOWHERE))
+            last[key] = base | place
+
+    def drop_oldest(self) -> bool:
+        """Forget the text that was begun first; return whether there was one."""
+        if not self._texts:
+            return False
+        _, text = self._texts.popitem(last=False)
+        self.tokens -= len(text.ids)
+        for place in range(KEY, len(text.ids)):
+            key = text.ids[place - 2] << _SHIFT | text.ids[place - 1]
+            if self._last.get(key, _NOWHERE) >> _SHIFT == text.number:
+                del self._last[key]
+        return True
+
+    def follow(self, text: Text, most: int) -> Guess:
+        """Return up to *most* tokens that followed where the end of a text came before."""
+        same, places = self._longest(text.ids)
+        guessed: list[int] = []
+        while places and len(guessed) < most:
+            if len(places) == 1:
+                ids, place = places[0]
+                guessed += ids[place : place + most - len(guessed)]
+                break
+            token = Counter(ids[place] for ids, place in places).most_common(1)[0][0]
+            guessed.append(token)
+            places = [
+                (ids, place + 1)
+                for ids, place in places
+                if ids[place] == token and place + 1 < len(ids)
+            ]
+        return Guess(guessed, same)
+
+    def _longest(self, ids: "array[int]") -> tuple[int, list[tuple["array[int]", int]]]:
+        """Return the most tokens before a place that are also the last of *ids*, and all such places."""
+        if len(ids) < KEY:
+            return 0, []
+        found: list[tuple[array[int], int]] = []
+        longest, length = 0, len(ids)
+        at = self._last.get(ids[-2] << _SHIFT | ids[-1], _NOWHERE)
+        for _ in range(MOST_COMPARED):
+            if at == _NOWHERE or (text := self._texts.get(at >> _SHIFT)) is None:
+                break
+            other, place = text.ids, at & _MASK
+            same, most = KEY, min(LONGEST, place, length)
+            while same < most and other[place - same - 1] == ids[length - same - 1]:
+                same += 1
+            self.compared += same
+            if same > longest:
+                longest, found = same, []
+            if same == longest:
+                found.append((other, place))
+            at = text.links[place]
+        return longest, found
+
+
+_SAMPLES: Final = 5
+"""Of how long passes of one width took; the shortest counts, since others use the machine too."""
+_GUESSED_SLOPE: Final = 0.1
+"""What each more token is taken to add to a pass of one, before that was measured."""
+_FRESH_PASSES: Final = 512
+"""Measured widths are forgotten after so many passes: texts become longer, and others leave the machine."""
+_MOST_WIDTH: Final = 512
+"""Of a pass that is timed: 16 replies with guesses."""
+
+
+class PassTimes:
+    """How long passes take in which replies go on and no prompt is read, by how many tokens they are fed."""
+
+    def __init__(self) -> None:
+        self._taken: dict[int, deque[float]] = {}
+        self._noted: dict[int, int] = {}
+        """By width the number of the pass that was noted last."""
+        self._passes = 0
+        self._known: list[tuple[int, float]] = []
+        self.width = 1
+        """Tokens of the last such pass."""
+
+    def note(self, rows: Collection[Row], seconds: float) -> None:
+        """Take note of a pass."""
+        width = sum(len(row.token_ids) for row in rows)
+        if width > _MOST_WIDTH or any(len(row.token_ids) - row.drafted > 1 for row in rows):
+            return
+        self._passes += 1
+        self.width = width
+        width = _rounded(width)
+        if width in self._taken:
+            self._taken[width].append(seconds)
+        else:  # the first one of a shape may also prepare kernels for it: it is not counted
+            self._taken[width] = deque(maxlen=_SAMPLES)
+        self._noted[width] = self._passes
+        self._known = sorted(
+            (one, min(samples))
+            for one, samples in self._taken.items()
+            if samples and self._passes - self._noted[one] < _FRESH_PASSES
+        )
+
+    def of(self, width: int) -> float:
+        """Return how long a pass over so many tokens takes, in a unit that is the same for all widths."""
+        if not self._known:
+            return 1 + _GUESSED_SLOPE * (width - 1)
+        place = bisect(self._known, (width, inf))
+        below, taken = self._known[max(0, place - 1)]
+        slope = _GUESSED_SLOPE * taken / (1 + _GUESSED_SLOPE * (below - 1))
+        if 0 < place < len(self._known):
+            above, then = self._known[place]
+            slope = max(0.0, (then - taken) / (above - below))
+        return taken + slope * (width - below)
+
+
+def _rounded(width: int) -> int:
+    """Return the width under which a pass is noted, so that there are few."""
+    step = 1 if width <= 16 else 4 if width <= 64 else 32
+    return -(-width // step) * step
+
+
+COUNTS: Final = (1, 2, 3, 5, 7, 11, 15, 23, 31)
+"""How many guesses are fed: few different numbers, so that each is measured, and kernels are made for few."""
+_FORCED: Final = 0
+_PRIORS: Final = (0.95, 0.3, 0.4, 0.5, 0.7, 0.85)
+"""How often guesses are right before any was judged: those that a grammar forces, and by how much is the
+same before them, from `KEY` tokens on, each time twice as many."""
+_PRIOR_WEIGHT: Final = 2.0
+_MEMORY: Final = 0.9
+"""What remains of a count with each guess that is judged: about the last ten of a kind count."""
+_LEAST_GAIN: Final = 1.03
+"""By how much guesses must pay: choosing from more logits takes time, too."""
+
+
+class _Reply:
+    """A reply that is followed: what was said so far, and how often guesses were right in it."""
+
+    def __init__(self, namespace: "_Namespace", history: TokenArray) -> None:
+        self._namespace = namespace
+        self._text, self._history = namespace.begin(history)
+        self._guess = Guess([])
+        self._is_forced = False
+        self._right = [_PRIOR_WEIGHT * one for one in _PRIORS]
+        self._judged = [_PRIOR_WEIGHT] * len(_PRIORS)
+        self.width = 1
+        """Tokens of it that the next pass is fed."""
+
+    def __len__(self) -> int:
+        """Return how much of its history is known here, in tokens."""
+        return len(self._history)
+
+    def grow(self, came: Tokens[int]) -> None:
+        """Take what has come; guesses in its place were right or not, up to the first that was not."""
+        for number, (guessed, token) in enumerate(zip(self._guess.token_ids, came, strict=False)):
+            kind = self._kind(number)
+            self._right[kind] = _MEMORY * self._right[kind] + (guessed == token)
+            self._judged[kind] = _MEMORY * self._judged[kind] + 1
+            if guessed != token:
+                break
+        self._history.extend(came)
+        self._namespace.index.extend(self._text, came)
+
+    def guess(self, forced: Tokens[int], most: int, times: PassTimes) -> list[int]:
+        """Return what the next pass should be fed behind the history; none where it would not pay."""
+        self._is_forced = bool(forced)
+        self._guess = (
+            Guess(list(forced)) if forced else self._namespace.index.follow(self._text, most)
+        )
+        others = max(0, times.width - self.width)
+        best, gain = 0, _LEAST_GAIN * (others + 1) / times.of(others + 1)
+        chance = expected = 1.0
+        for number in range(min(most, len(self._guess.token_ids))):
+            kind = self._kind(number)
+            chance *= self._right[kind] / self._judged[kind]
+            expected += chance
+            if number + 1 in COUNTS:
+                now = (others + expected) / times.of(others + 2 + number)
+                if now > gain:
+                    best, gain = number + 1, now
+        self.width = 1 + best
+        return self._guess.token_ids[:best]
+
+    def _kind(self, number: int) -> int:
+        """Return which of `_PRIORS` that guess is of; the guesses before it are taken to be right."""
+        if self._is_forced:
+            return _FORCED
+        return min((self._guess.same + number).bit_length() - 1, len(_PRIORS) - 1)
+
+
+_MOST_HISTORIES: Final = 8
+_HISTORY_BYTES: Final = array("i").itemsize
+_FIXED_BYTES: Final = 4096
+"""Of a namespace without a text."""
+
+
+class _Namespace:
+    """What was said under one name, each text once where it goes on from one of the last ones."""
+
+    def __init__(self) -> None:
+        self.index = SuffixIndex()
+        self._histories: deque[array[int]] = deque(maxlen=_MOST_HISTORIES)
+
+    @property
+    def bytes(self) -> int:
+        """Return about how much memory it takes."""
+        kept = sum(len(ids) for ids in self._histories)
+        return _FIXED_BYTES + BYTES_PER_TOKEN * self.index.tokens + _HISTORY_BYTES * kept
+
+    def begin(self, history: TokenArray) -> "tuple[Text, array[int]]":
+        """Add a history, but for what it begins with as one of the last ones does; both may grow."""
+        ids = history.astype(np.int32)
+        same = [common_length(np.frombuffer(one, np.int32), ids) for one in self._histories]
+        known = max(same, default=0)
+        text = self.index.begin(ids[max(0, known - LONGEST) : known].tolist())
+        self.index.extend(text, ids[known:].tolist())
+        self._histories.append(array("i", ids.tobytes()))
+        return text, self._histories[-1]
+
+
+class Drafts:
+    """
+    What is guessed for the replies of one engine, by namespace: nobody is told what another has said.
+
+    Used by the engine's thread; `learn` may be called from any.
+    """
+
+    def __init__(self, info: RuntimeInfo) -> None:
+        self._context_length, self._most = info.context_length, min(MOST_GUESSED, info.most_drafted)
+        self._namespaces: OrderedDict[str, _Namespace] = OrderedDict()
+        self._replies: WeakKeyDictionary[Sequence, _Reply] = WeakKeyDictionary()
+        self._learned: deque[tuple[str, Tokens[int]]] = deque(maxlen=_MOST_LEARNED)
+        self.times: Final = PassTimes()
+
+    @property
+    def bytes(self) -> int:
+        """Return about how much memory is taken, which is bounded by `MOST_BYTES`."""
+        return sum(one.bytes for one in self._namespaces.values())
+
+    def learn(self, namespace: str, texts: Iterable[Tokens[int]]) -> None:
+        """Take texts that replies of a namespace may repeat, such as those of other branches."""
+        self._learned.extend((namespace, ids) for ids in texts)
+
+    def follow(self, sequence: Sequence, forced: Tokens[int] | None) -> None:
+        """
+        Have the next pass verify guesses behind the history of a reply, as many as pay.
+
+        Args:
+            sequence: Its history, which may have grown since the last call.
+            forced: What is known to come next, if anything is; None: the reply has ended.
+        """
+        reply = self._replies.get(sequence)
+        if reply is None:
+            reply = _Reply(self._begun(sequence.namespace), sequence.history)
+            self._replies[sequence] = reply
+        else:
+            reply.grow(sequence.tokens(len(reply)))
+        if forced is None:
+            del self._replies[sequence]
+            self._make_room()
+        elif sequence.logits is None:
+            most = min(self._most, self._context_length - len(sequence))
+            sequence.draft = reply.guess(forced, most, self.times)
+
+    def _begun(self, name: str | None) -> _Namespace:
+        """Return what was said in a namespace; nothing for a sequence that shares with nobody."""
+        while self._learned:
+            told, ids = self._learned.popleft()
+            index = self._namespaces.setdefault(told, _Namespace()).index
+            index.extend(index.begin(), ids)
+        self._make_room()
+        if name is None:
+            return _Namespace()
+        namespace = self._namespaces.setdefault(name, _Namespace())
+        self._namespaces.move_to_end(name)
+        return namespace
+
+    def _make_room(self) -> None:
+        """Drop the oldest texts of the namespaces that were used the longest ago."""
+        while self.bytes > MOST_BYTES:
+            name, namespace = next(iter(self._namespaces.items()))
+            if not namespace.index.drop_oldest():
+                del self._namespaces[name]
+
+
+_MOST_LEARNED: Final = 256
+"""Texts that wait for the next reply."""

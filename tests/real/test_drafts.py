@@ -1,0 +1,85 @@
+"""With a real model in the profile `exact`, replies with guesses are those without."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+import recollect
+from recollect import config
+from recollect.engine.drafts import Drafts
+from recollect.types import Grammar, SamplingParams
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+GREEDY = SamplingParams(max_tokens=96, ignore_eos=True)
+SCHEMA = Grammar(
+    "json_schema",
+    '{"type": "object", "properties": {"name_of_the_town": {"type": "string", "maxLength": 20}, '
+    '"number_of_people_in_it": {"type": "integer"}}, "required": ["name_of_the_town", '
+    '"number_of_people_in_it"], "additionalProperties": false}',
+)
+KINDS = {
+    "greedy": GREEDY,
+    "sampled": replace(GREEDY, temperature=0.7, seed=1),
+    "top_p": replace(GREEDY, temperature=1.0, top_p=0.8, seed=2),
+    "penalties": replace(GREEDY, repetition_penalty=1.1, presence_penalty=0.3),
+    "logprobs": replace(GREEDY, temperature=0.5, logprobs=2, seed=3),
+    "schema": replace(GREEDY, ignore_eos=False, grammar=SCHEMA),
+}
+QUESTION = "What is a hash table, and what is it good for?"
+EDITED = "What is a hash table, and what is it used for?"
+
+
+@pytest.fixture(scope="module", params=["openvino", "llama"])
+def model(request: pytest.FixtureRequest) -> Iterator[recollect.Model]:
+    with recollect.load(
+        "smollm2", profile="exact", runtime=request.param, home=config.home(), kv_disk=0
+    ) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def drafts(model: recollect.Model) -> Iterator[Drafts]:
+    found = model.engine.drafts
+    assert found is not None
+    yield found
+    model.engine.drafts = found
+
+
+def logprobs(reply: recollect.Reply) -> list[float]:
+    return [one.logprob for one in reply.logprobs or ()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("question", [QUESTION, EDITED])
+def test_replies_are_the_same(
+    model: recollect.Model, drafts: Drafts, kind: str, question: str
+) -> None:
+    """The reply to a question, and to one that was edited, where the first reply is known."""
+    params, namespace = KINDS[kind], f"{kind} {question}"
+    model.engine.drafts = None
+    plain = model.session(params=params, namespace="plain").respond(question)
+    earlier = model.session(params=params, namespace="plain")
+    earlier.respond(QUESTION)
+    model.engine.drafts = drafts
+    drafts.learn(namespace, [earlier.tip.token_ids or ()])
+    guessed = model.session(params=params, namespace=namespace).respond(question)
+    assert guessed.text == plain.text
+    assert guessed.finish_reason == plain.finish_reason
+    assert logprobs(guessed) == pytest.approx(logprobs(plain), abs=1e-3)
+    usage = guessed.usage
+    assert 0 < usage.accepted_tokens <= usage.drafted_tokens
+    model.engine.check()
+
+
+def test_replies_beside_each_other_are_the_same(model: recollect.Model, drafts: Drafts) -> None:
+    """Four at once, with the guesses of each in one pass."""
+    params = [replace(KINDS["sampled"], seed=seed) for seed in range(4)]
+    model.engine.drafts = None
+    plain = [model.session(params=one, namespace="alone").respond(QUESTION).text for one in params]
+    model.engine.drafts = drafts
+    session = model.session(namespace="beside")
+    for _ in range(2):  # the second time what was said the first time is known
+        tried = session.explore([QUESTION] * 4, params=params, keep=0).read()
+        assert [branch.text for branch in tried] == plain
