@@ -52,8 +52,11 @@ _MANY_LAYERS: Final = 1000
 _PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
-Part = tuple[int, int, Sequence[int], bool]
-"""What a lane is fed: its number, the position of the first token, the ids, whether logits are wanted."""
+Part = tuple[int, int, Sequence[int], Logits | None]
+"""
+What a lane is fed: its number, the position of the first token, the ids, and where the logits after the last
+are put, `(vocab_size,)`; None: they are not wanted.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,9 +272,9 @@ class LlamaModel:
             f"{card:,} bytes on the card, of which {self._free_on_cards():,} are free, and {there}"
         )
 
-    def decode(self, parts: Sequence[Part]) -> list[Logits | None]:
+    def decode(self, parts: Sequence[Part]) -> None:
         """
-        Compute parts, `MOST_FED` tokens at most; return the logits after the last token of each.
+        Compute parts, `MOST_FED` tokens at most, and put the logits where they are wanted.
 
         The library lets go of the interpreter's lock meanwhile.
 
@@ -289,16 +292,13 @@ class LlamaModel:
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
                 + (lost if self.layers_on_card else "")
             )
-        return [
-            self._logits(place) if wants else None
-            for place, (_, _, _, wants) in zip(last, parts, strict=True)
-        ]
-
-    def _logits(self, place: int) -> Logits:
-        address = self.lib.llama_get_logits_ith(self._context, place)
-        if not address:
-            raise RuntimeFailure("llama.cpp gave no logits for a token that wanted some.")
-        return np.frombuffer(ctypes.string_at(address, 4 * self.vocab_size), np.float32)
+        for place, (*_, into) in zip(last, parts, strict=True):
+            if into is None:
+                continue
+            address = self.lib.llama_get_logits_ith(self._context, place)
+            if not address:
+                raise RuntimeFailure("llama.cpp gave no logits for a token that wanted some.")
+            ctypes.memmove(into.ctypes.data, address, into.itemsize * self.vocab_size)
 
     def state(self, lane: int) -> npt.NDArray[np.uint8]:
         """Return the KV of a lane as the library writes it."""
@@ -344,7 +344,7 @@ class LlamaModel:
         ids = [min(number + 1, self.vocab_size - 1) for number in range(_LEARNED_CELLS)]
         states = []
         for past in (0, _LEARNED_CELLS):
-            self.decode([(1, past, ids, False)])
+            self.decode([(1, past, ids, None)])
             states.append(self.state(1))
         per_token = (len(states[1]) - len(states[0])) / _LEARNED_CELLS
         self.state_bytes = len(states[0]) - per_token * _LEARNED_CELLS, per_token
@@ -446,7 +446,7 @@ class _Batches:
         """Return the batch of some parts, `MOST_FED` tokens at most, and where each one's last token is."""
         last: list[int] = []
         at = 0
-        for lane, start, ids, wants in parts:
+        for lane, start, ids, into in parts:
             end = at + len(ids)
             self._lanes[at:end] = lane
             if end - at == 1:
@@ -455,7 +455,7 @@ class _Batches:
                 self._tokens[at:end] = ids
                 self._places[at:end] = np.arange(start, start + end - at)
                 self._outputs[at:end] = 0
-            self._outputs[end - 1] = wants
+            self._outputs[end - 1] = into is not None
             last.append(end - 1)
             at = end
         self._batch.n_tokens = at

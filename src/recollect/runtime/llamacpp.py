@@ -12,7 +12,7 @@ know which block belongs to which sequence.
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,6 +79,7 @@ class _Job:
     at: int
     """The position of the next token to be computed."""
     logits: Logits | None = None
+    """Where its logits are put; None: they are not wanted."""
 
     @property
     def end(self) -> int:
@@ -139,13 +140,12 @@ class LlamaCppRuntime:
         """Run one forward pass over the rows, or several where there are more than lanes."""
         with self.model.lock:
             check_rows(rows, self._info, len(allocated(self._blocks)))
-            results: list[Logits] = []
+            wanting = sum(row.wants_logits for row in rows)
+            logits = np.empty((wanting, self._info.vocab_size), np.float32)
+            places = iter(logits)
             for first in range(0, len(rows), len(self._lanes)):
-                results += self._pass(rows[first : first + len(self._lanes)])
-            if len(results) == 1:
-                return PassResult(results[0][None])
-            none = np.empty((0, self._info.vocab_size), np.float32)
-            return PassResult(np.stack(results) if results else none)
+                self._pass(rows[first : first + len(self._lanes)], places)
+            return PassResult(logits)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, `(source, target)` each."""
@@ -234,16 +234,17 @@ class LlamaCppRuntime:
         self._last_mark += count
         return np.arange(self._last_mark - count, self._last_mark, dtype=np.int64) + 1
 
-    def _pass(self, rows: Sequence[Row]) -> list[Logits]:
-        """Compute rows that have a lane each."""
+    def _pass(self, rows: Sequence[Row], places: Iterator[Logits]) -> None:
+        """Compute rows that have a lane each, and put the logits into places."""
         jobs: list[_Job] = []
         for row in rows:
             used = [job.lane for job in jobs]
-            jobs.append(self._place(row, [lane for lane in self._lanes if lane not in used]))
+            job = self._place(row, [lane for lane in self._lanes if lane not in used])
+            job.logits = next(places) if row.wants_logits else None
+            jobs.append(job)
         # One row's slots are another row's past nowhere: so marks can be set for all of them first.
         while todo := [job for job in jobs if job.at < job.end]:
             self._advance(todo)
-        return [job.logits for job in jobs if job.logits is not None]
 
     def _advance(self, jobs: Sequence[_Job]) -> None:
         """Compute as much of the jobs as one call takes."""
@@ -256,13 +257,13 @@ class LlamaCppRuntime:
                 parts.append((job, end))
                 room -= end - job.at
         try:
-            logits = self.model.decode(
+            self.model.decode(
                 [
                     (
                         job.lane.number,
                         job.at,
                         job.row.token_ids[job.at - job.row.past : end - job.row.past],
-                        job.row.wants_logits and end == job.end,
+                        job.logits if end == job.end else None,
                     )
                     for job, end in parts
                 ]
@@ -275,8 +276,7 @@ class LlamaCppRuntime:
                     with suppress(RuntimeFailure):
                         self._truncate(job.lane, job.at)
             raise
-        for (job, end), given in zip(parts, logits, strict=True):
-            job.logits = given
+        for job, end in parts:
             self._note(job, end)
 
     def _note(self, job: _Job, end: int) -> None:
@@ -455,18 +455,18 @@ class LlamaSequences:
 
     def extend(self, feeds: Sequence[Feed]) -> Logits:
         """Append tokens to sequences; see `SequenceRuntime.extend`."""
-        wanted: list[Logits] = []
+        wanting = sum(feed.wants_logits for feed in feeds)
+        logits = np.empty((wanting, self._info.vocab_size), np.float32)
+        places = iter(logits)
         with self.model.lock:
             for feed in feeds:
+                into = next(places) if feed.wants_logits else None
                 for start in range(0, len(feed.token_ids), MOST_FED):
                     ids = feed.token_ids[start : start + MOST_FED].tolist()
                     is_last = start + len(ids) == len(feed.token_ids)
-                    wants = feed.wants_logits and is_last
-                    (logits,) = self.model.decode([(feed.sequence, feed.past + start, ids, wants)])
-                    if logits is not None:
-                        wanted.append(logits)
-        none = np.empty((0, self._info.vocab_size), np.float32)
-        return np.stack(wanted) if wanted else none
+                    part = feed.sequence, feed.past + start, ids, into if is_last else None
+                    self.model.decode([part])
+        return logits
 
     def truncate(self, sequence: int, length: int) -> bool:
         """Cut a sequence, if its state can be cut."""
