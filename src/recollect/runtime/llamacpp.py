@@ -95,7 +95,8 @@ class LlamaCppRuntime:
     Invariants:
         1. Every slot of a block has a mark. Two slots, or a slot and a place in a lane, with the same mark
            hold the same bytes; so a lane serves a row exactly as far as their marks are equal.
-        2. A block in `_dirty` is held whole by that lane, at that index; its own bytes are older.
+        2. A block in `_dirty` is held by that lane, at that index, as far as it was ever written; its own
+           bytes are older. A copy that nobody has written on is held by the lane of its source.
         3. With a recurrent state: a block's bytes have that after the token with the mark in `_states`, and
            a lane that after its last token. So a lane serves a row only where it ends with the row's past.
     """
@@ -153,9 +154,14 @@ class LlamaCppRuntime:
             memory = allocated(self._blocks)
             check_blocks([block for pair in pairs for block in pair], len(memory))
             for source, target in pairs:
-                self._settle([source])
+                if self.layout.recurrent:
+                    self._settle([source])
                 self._dirty.pop(target, None)
-                memory[target] = memory[source]
+                if (held := self._dirty.get(source)) is not None:
+                    # Not taken out: that takes as long for one block as for the whole lane.
+                    self._dirty[target] = held
+                else:
+                    memory[target] = memory[source]
                 self._marks[target] = self._marks[source]
                 self._states[target] = self._states[source]
 
@@ -207,10 +213,10 @@ class LlamaCppRuntime:
         with self.model.lock:
             for block, (lane, index) in self._dirty.items():
                 start = index * self._size
-                marks = self._marks[block]
-                held = lane.marks[start : start + self._size]
-                assert len(held), f"block {block} is dirty in a lane that does not reach it"
-                assert np.array_equal(held, marks[: len(held)]), f"block {block} is not in its lane"
+                marks = self._marks[block, : self._filled(block)]
+                held = lane.marks[start : start + len(marks)]
+                assert len(marks), f"block {block} is dirty, and nothing was written to it"
+                assert np.array_equal(held, marks), f"block {block} is not in its lane"
 
     def _open(self, room: int, lanes: int) -> None:
         """Open the context with as many lanes, for *room* tokens each, as there is memory for."""
@@ -229,6 +235,10 @@ class LlamaCppRuntime:
                     raise
         self._lanes = [_Lane(number) for number in range(lanes)]
         self.layout = self.layout.with_streams(lanes)
+
+    def _filled(self, block: int) -> int:
+        """Return how many leading slots of a block were ever written."""
+        return int(np.count_nonzero(self._marks[block] != _NEVER_WRITTEN))
 
     def _new_marks(self, count: int) -> Marks:
         self._last_mark += count
@@ -287,6 +297,7 @@ class LlamaCppRuntime:
             block, start = int(job.blocks[index]), index * size
             first, beyond = max(start, job.at), min(start + size, end)
             self._marks[block, first - start : beyond - start] = marks[first:beyond]
+            self._marks[block, beyond - start :] = _NEVER_WRITTEN
             self._dirty[block] = (job.lane, index)
         job.lane.marks = marks
         if job.row.sequence is not None:
@@ -344,7 +355,7 @@ class LlamaCppRuntime:
                 block
                 for block, (owner, index) in self._dirty.items()
                 if owner is lane
-                and (index + 1) * self._size > length
+                and index * self._size + self._filled(block) > length
                 and not (index < len(own) and own[index] == block)
             ]
             self._settle(lost)
@@ -372,20 +383,21 @@ class LlamaCppRuntime:
     def _settle(self, blocks: Sequence[int]) -> None:
         """Take what lanes have newer of these blocks, and of all others of these lanes, into the blocks."""
         for lane in {self._dirty[block][0] for block in blocks if block in self._dirty}:
-            indices = {
-                index: block for block, (owner, index) in self._dirty.items() if owner is lane
-            }
+            held = [
+                (block, index) for block, (owner, index) in self._dirty.items() if owner is lane
+            ]
             state = self.model.state(lane.number)
-            first, last = min(indices), max(indices)
+            first, last = min(index for _, index in held), max(index for _, index in held)
             try:
                 cut = self.layout.cut(state, range(first, last + 1), len(lane.marks))
             except ValueError as cause:
                 raise RuntimeFailure(f"llama.cpp's state is not as it was: {cause}.") from cause
             memory = allocated(self._blocks)
-            for index, block in indices.items():
+            for block, index in held:
                 memory[block] = cut[index - first]
                 del self._dirty[block]
-            self._states[indices[last]] = lane.marks[-1]
+                if index == last:
+                    self._states[block] = lane.marks[-1]
 
 
 def _choose(row: Row, free: Sequence[_Lane], wanted: Marks, *, in_full: bool) -> tuple[_Lane, int]:
