@@ -99,7 +99,8 @@ def main() -> int:
             if not args.only_restart:
                 result |= {"branches": branches(model), "decode": decode(args, model, Path(folder))}
             result["others_load"] = load.others()
-            report(f"restart-{args.model}-{args.tokens}", model, result, save=args.save)
+            name = "restart-llama" if args.runtime == "llama" else "restart"
+            report(f"{name}-{args.model}-{args.tokens}", model, result, save=args.save)
     return 0 if starts_hold(started) and holds(args, result) else 1
 
 

@@ -1,7 +1,7 @@
 """
 Seeded traces of conversations: what is computed, and whether anything is computed twice.
 
-    python benchmarks/workloads.py [--model smollm2|reference] [--save]
+    python benchmarks/workloads.py [--model smollm2|reference] [--runtime R] [--save]
 
 The traces and the count are `benchmarks/traces.py`; see there. `--model reference` takes two
 seconds and counts the same things without weights.
@@ -40,7 +40,8 @@ def main() -> None:
             "evicted_blocks": evicted,
             "others_load": load.others(),
         }
-        report("workloads", model, counted, save=args.save)
+        name = "workloads-llama" if args.runtime == "llama" else "workloads"
+        report(name, model, counted, save=args.save)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import psutil
 
 from recollect.errors import ConfigError, MisuseError, RuntimeFailure, UnsupportedModelError
-from recollect.runtime.base import Lanes, Logits, Pace, Reuse, RuntimeInfo
+from recollect.runtime.base import Lanes, Pace, Reuse, RuntimeInfo
 from recollect.runtime.llama_library import KV_TYPES, Device, LlamaLibrary, library
 from recollect.runtime.llama_state import Batches, Layout, Part
 from recollect.types import Profile
@@ -267,9 +267,9 @@ class LlamaModel:
             f"{card:,} bytes on the card, of which {self._free_on_cards():,} are free, and {there}"
         )
 
-    def decode(self, parts: Sequence[Part]) -> list[list[Logits]]:
+    def decode(self, parts: Sequence[Part]) -> None:
         """
-        Compute parts, `MOST_FED` tokens at most; return the logits after the last tokens of each.
+        Compute parts, `MOST_FED` tokens at most, and put the logits where they are wanted.
 
         The library lets go of the interpreter's lock meanwhile.
 
@@ -287,13 +287,12 @@ class LlamaModel:
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
                 + (lost if self.layers_on_card else "")
             )
-        return [[self._logits(place) for place in places] for places in wanted]
-
-    def _logits(self, place: int) -> Logits:
-        address = self.lib.llama_get_logits_ith(self._context, place)
-        if not address:
-            raise RuntimeFailure("llama.cpp gave no logits for a token that wanted some.")
-        return np.frombuffer(ctypes.string_at(address, 4 * self.vocab_size), np.float32)
+        for places, (*_, into) in zip(wanted, parts, strict=True):
+            for place, line in zip(places, into, strict=True):
+                address = self.lib.llama_get_logits_ith(self._context, place)
+                if not address:
+                    raise RuntimeFailure("llama.cpp gave no logits for a token that wanted some.")
+                ctypes.memmove(line.ctypes.data, address, line.itemsize * self.vocab_size)
 
     def state(self, lane: int) -> npt.NDArray[np.uint8]:
         """Return the KV of a lane as the library writes it."""
@@ -337,9 +336,9 @@ class LlamaModel:
         """Return how this model's states are arranged, learned from two; None: it is not understood."""
         self.open(_CELL_STEP, 2)
         ids = [min(number + 1, self.vocab_size - 1) for number in range(_LEARNED_CELLS)]
-        states = []
+        states, nothing = [], np.empty((0, self.vocab_size), np.float32)
         for past in (0, _LEARNED_CELLS):
-            self.decode([(1, past, ids, 0)])
+            self.decode([(1, past, ids, nothing)])
             states.append(self.state(1))
         per_token = (len(states[1]) - len(states[0])) / _LEARNED_CELLS
         self.state_bytes = len(states[0]) - per_token * _LEARNED_CELLS, per_token

@@ -21,6 +21,7 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from recollect.runtime.base import Logits
 from recollect.runtime.llama_library import Batch
 
 Bytes = npt.NDArray[np.uint8]
@@ -368,8 +369,11 @@ def _units(rows: Bytes, inner: int) -> npt.NDArray[np.generic]:
 _NUMBERS: Final = (np.uint64, np.uint32, np.uint16)
 
 
-Part = tuple[int, int, Sequence[int], int]
-"""What a lane is fed: its number, the first token's position, the ids, how many of the last give logits."""
+Part = tuple[int, int, Sequence[int], Logits]
+"""
+What a lane is fed: its number, the position of the first token, the ids, and where the logits after the last
+*n* of them are put, `(n, vocab_size)`.
+"""
 
 
 class Batches:
@@ -405,8 +409,8 @@ class Batches:
         """Return the batch of some parts, and where in it logits are wanted, for each of them."""
         wanted: list[range] = []
         at = 0
-        for lane, start, ids, places in parts:
-            end = at + len(ids)
+        for lane, start, ids, into in parts:
+            end, places = at + len(ids), len(into)
             self._lanes[at:end] = lane
             if end - at == 1:
                 self._tokens[at], self._places[at] = ids[0], start

@@ -78,7 +78,8 @@ class _Job:
     blocks: npt.NDArray[np.int64]
     at: int
     """The position of the next token to be computed."""
-    logits: list[Logits] = field(default_factory=list)
+    logits: Logits = field(init=False)
+    """Where its logits are put that are still to come, `(n, vocab_size)`."""
 
     @property
     def end(self) -> int:
@@ -98,7 +99,8 @@ class LlamaCppRuntime:
     Invariants:
         1. Every slot of a block has a mark. Two slots, or a slot and a place in a lane, with the same mark
            hold the same bytes; so a lane serves a row exactly as far as their marks are equal.
-        2. A block in `_dirty` is held whole by that lane, at that index; its own bytes are older.
+        2. A block in `_dirty` is held by that lane, at that index, as far as it was ever written; its own
+           bytes are older. A copy that nobody has written on is held by the lane of its source.
         3. With a recurrent state: a block's bytes have that after the token with the mark in `_states`, and
            a lane that after its last token. So a lane serves a row only where it ends with the row's past.
     """
@@ -143,13 +145,11 @@ class LlamaCppRuntime:
         """Run one forward pass over the rows, or several where there are more than lanes."""
         with self.model.lock:
             check_rows(rows, self._info, len(allocated(self._blocks)))
-            results: list[Logits] = []
+            places = sum(row.places for row in rows)
+            logits = into = np.empty((places, self._info.vocab_size), np.float32)
             for first in range(0, len(rows), len(self._lanes)):
-                results += self._pass(rows[first : first + len(self._lanes)])
-            if len(results) == 1:
-                return PassResult(results[0][None])
-            none = np.empty((0, self._info.vocab_size), np.float32)
-            return PassResult(np.stack(results) if results else none)
+                into = self._pass(rows[first : first + len(self._lanes)], into)
+            return PassResult(logits)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, `(source, target)` each."""
@@ -157,9 +157,14 @@ class LlamaCppRuntime:
             memory = allocated(self._blocks)
             check_blocks([block for pair in pairs for block in pair], len(memory))
             for source, target in pairs:
-                self._settle([source])
+                if self.layout.recurrent:
+                    self._settle([source])
                 self._dirty.pop(target, None)
-                memory[target] = memory[source]
+                if (held := self._dirty.get(source)) is not None:
+                    # Not taken out: that takes as long for one block as for the whole lane.
+                    self._dirty[target] = held
+                else:
+                    memory[target] = memory[source]
                 self._marks[target] = self._marks[source]
                 self._states[target] = self._states[source]
 
@@ -211,10 +216,10 @@ class LlamaCppRuntime:
         with self.model.lock:
             for block, (lane, index) in self._dirty.items():
                 start = index * self._size
-                marks = self._marks[block]
-                held = lane.marks[start : start + self._size]
-                assert len(held), f"block {block} is dirty in a lane that does not reach it"
-                assert np.array_equal(held, marks[: len(held)]), f"block {block} is not in its lane"
+                marks = self._marks[block, : self._filled(block)]
+                held = lane.marks[start : start + len(marks)]
+                assert len(marks), f"block {block} is dirty, and nothing was written to it"
+                assert np.array_equal(held, marks), f"block {block} is not in its lane"
 
     def _open(self, room: int, lanes: int) -> None:
         """Open the context with as many lanes, for *room* tokens each, as there is memory for."""
@@ -234,20 +239,26 @@ class LlamaCppRuntime:
         self._lanes = [_Lane(number) for number in range(lanes)]
         self.layout = self.layout.with_streams(lanes)
 
+    def _filled(self, block: int) -> int:
+        """Return how many leading slots of a block were ever written."""
+        return int(np.count_nonzero(self._marks[block] != _NEVER_WRITTEN))
+
     def _new_marks(self, count: int) -> Marks:
         self._last_mark += count
         return np.arange(self._last_mark - count, self._last_mark, dtype=np.int64) + 1
 
-    def _pass(self, rows: Sequence[Row]) -> list[Logits]:
-        """Compute rows that have a lane each."""
+    def _pass(self, rows: Sequence[Row], into: Logits) -> Logits:
+        """Compute rows that have a lane each, put the logits into places, and return those that are left."""
         jobs: list[_Job] = []
         for row in rows:
             used = [job.lane for job in jobs]
-            jobs.append(self._place(row, [lane for lane in self._lanes if lane not in used]))
+            job = self._place(row, [lane for lane in self._lanes if lane not in used])
+            job.logits, into = into[: row.places], into[row.places :]
+            jobs.append(job)
         # One row's slots are another row's past nowhere: so marks can be set for all of them first.
         while todo := [job for job in jobs if job.at < job.end]:
             self._advance(todo)
-        return [logits for job in jobs for logits in job.logits]
+        return into
 
     def _advance(self, jobs: Sequence[_Job]) -> None:
         """Compute as much of the jobs as one call takes."""
@@ -261,13 +272,13 @@ class LlamaCppRuntime:
                 room -= end - job.at
                 places -= job.places(end)
         try:
-            logits = self.model.decode(
+            self.model.decode(
                 [
                     (
                         job.lane.number,
                         job.at,
                         job.row.token_ids[job.at - job.row.past : end - job.row.past],
-                        job.places(end),
+                        job.logits[: job.places(end)],
                     )
                     for job, end in parts
                 ]
@@ -280,8 +291,8 @@ class LlamaCppRuntime:
                     with suppress(RuntimeFailure):
                         self._truncate(job.lane, job.at)
             raise
-        for (job, end), given in zip(parts, logits, strict=True):
-            job.logits += given
+        for job, end in parts:
+            job.logits = job.logits[job.places(end) :]
             self._note(job, end)
 
     def _note(self, job: _Job, end: int) -> None:
@@ -292,6 +303,7 @@ class LlamaCppRuntime:
             block, start = int(job.blocks[index]), index * size
             first, beyond = max(start, job.at), min(start + size, end)
             self._marks[block, first - start : beyond - start] = marks[first:beyond]
+            self._marks[block, beyond - start :] = _NEVER_WRITTEN
             self._dirty[block] = (job.lane, index)
         job.lane.marks = marks
         if job.row.sequence is not None:
@@ -349,7 +361,7 @@ class LlamaCppRuntime:
                 block
                 for block, (owner, index) in self._dirty.items()
                 if owner is lane
-                and (index + 1) * self._size > length
+                and index * self._size + self._filled(block) > length
                 and not (index < len(own) and own[index] == block)
             ]
             self._settle(lost)
@@ -377,20 +389,21 @@ class LlamaCppRuntime:
     def _settle(self, blocks: Sequence[int]) -> None:
         """Take what lanes have newer of these blocks, and of all others of these lanes, into the blocks."""
         for lane in {self._dirty[block][0] for block in blocks if block in self._dirty}:
-            indices = {
-                index: block for block, (owner, index) in self._dirty.items() if owner is lane
-            }
+            held = [
+                (block, index) for block, (owner, index) in self._dirty.items() if owner is lane
+            ]
             state = self.model.state(lane.number)
-            first, last = min(indices), max(indices)
+            first, last = min(index for _, index in held), max(index for _, index in held)
             try:
                 cut = self.layout.cut(state, range(first, last + 1), len(lane.marks))
             except ValueError as cause:
                 raise RuntimeFailure(f"llama.cpp's state is not as it was: {cause}.") from cause
             memory = allocated(self._blocks)
-            for index, block in indices.items():
+            for block, index in held:
                 memory[block] = cut[index - first]
                 del self._dirty[block]
-            self._states[indices[last]] = lane.marks[-1]
+                if index == last:
+                    self._states[block] = lane.marks[-1]
 
 
 def _choose(row: Row, free: Sequence[_Lane], wanted: Marks, *, in_full: bool) -> tuple[_Lane, int]:
@@ -460,17 +473,17 @@ class LlamaSequences:
 
     def extend(self, feeds: Sequence[Feed]) -> Logits:
         """Append tokens to sequences; see `SequenceRuntime.extend`."""
-        wanted: list[Logits] = []
+        wanting = sum(feed.wants_logits for feed in feeds)
+        logits = left = np.empty((wanting, self._info.vocab_size), np.float32)
         with self.model.lock:
             for feed in feeds:
+                into, left = left[: feed.wants_logits], left[feed.wants_logits :]
                 for start in range(0, len(feed.token_ids), MOST_FED):
                     ids = feed.token_ids[start : start + MOST_FED].tolist()
                     is_last = start + len(ids) == len(feed.token_ids)
-                    wants = int(feed.wants_logits and is_last)
-                    (logits,) = self.model.decode([(feed.sequence, feed.past + start, ids, wants)])
-                    wanted += logits
-        none = np.empty((0, self._info.vocab_size), np.float32)
-        return np.stack(wanted) if wanted else none
+                    part = feed.sequence, feed.past + start, ids, into[: len(into) * is_last]
+                    self.model.decode([part])
+        return logits
 
     def truncate(self, sequence: int, length: int) -> bool:
         """Cut a sequence, if its state can be cut."""

@@ -586,3 +586,34 @@ def test_layers_that_were_asked_for_and_do_not_fit_are_refused_with_both_sizes(
     chosen = LlamaModel(library(), path, LlamaOptions())  # nobody asked: then fewer
     assert chosen.layers_on_card == 0
     chosen.close()
+
+
+def test_a_copy_is_in_the_lane_of_its_source_until_somebody_wants_it(
+    open_runtime: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn copies the block in which the one before ended; taking it out takes the whole lane."""
+    runtime, taken = open_runtime(), []
+    state = LlamaModel.state
+
+    def counted(self: LlamaModel, lane: int) -> Any:
+        taken.append(lane)
+        return state(self, lane)
+
+    monkeypatch.setattr(LlamaModel, "state", counted)
+    ids, one, other = ids_of(80), ids_of(10, 1), ids_of(20, 2)
+    run(runtime, ids, table(80))
+    runtime.copy_blocks([(2, 20)])
+    run(runtime, ids + one, [0, 1, 20], 80)
+    runtime.copy_blocks([(2, 21)])
+    runtime.check()
+    assert not taken
+    # The lane goes back to where the copies part, and the first one's end is kept.
+    got = run(runtime, ids + other, [0, 1, 21, 22], 80)
+    assert differs(got, run(runtime, ids + other, table(100, 40))) < ELSEWHERE
+    runtime.check()
+    lose_all_lanes(runtime)
+    got = run(runtime, [*ids, *one, 7], [0, 1, 20], 90)
+    assert differs(got, run(runtime, [*ids, *one, 7], table(91, 50))) < ELSEWHERE
+    got = run(runtime, [*ids, 8], [0, 1, 2], 80)
+    assert differs(got, run(runtime, [*ids, 8], table(81, 60))) < ELSEWHERE
+    runtime.check()
