@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -182,3 +184,72 @@ def test_ending_a_reply_twice_waits_for_its_end(
     asyncio.run(twice())
     assert chat.respond("And?").finish_reason == "length"
     check(model)
+
+
+async def _by_timeout(work: Coroutine[Any, Any, Any], seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await work
+
+
+async def _by_a_sibling(work: Coroutine[Any, Any, Any], seconds: float) -> None:
+    async def fail() -> None:
+        await asyncio.sleep(seconds)
+        raise LookupError
+
+    with suppress(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(work)
+            group.create_task(fail())
+
+
+async def _twice(work: Coroutine[Any, Any, Any], seconds: float) -> None:
+    """A task that is cancelled again while it still ends what it began."""
+    task = asyncio.ensure_future(work)
+    await asyncio.sleep(seconds)
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def _read_a_piece(chat: Session, params: SamplingParams) -> None:
+    """Close a generator early, as a comprehension that is left does."""
+    async for _ in chat.stream_async("streamed", params=params):
+        return
+
+
+async def _explored(chat: Session, params: SamplingParams) -> None:
+    await chat.explore_async(["this", "that"], params=params, keep=0)
+
+
+ASKED: dict[str, Callable[[Session, SamplingParams], Coroutine[Any, Any, Any]]] = {
+    "respond": lambda chat, params: chat.respond_async("asked", params=params),
+    "stream": _read_a_piece,
+    "explore": _explored,
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("cancel", [_by_timeout, _by_a_sibling, _twice])
+def test_however_a_task_ends_early_nothing_is_left_and_the_session_is_free(
+    chat: Session, model: Model, asked: str, cancel: Callable[..., Coroutine[Any, Any, None]]
+) -> None:
+    """And the next question has the reply that it has without any KV from before."""
+    threads = threading.active_count()
+
+    async def ask() -> None:
+        for seconds in (0.0, 0.001, 0.01, 0.05):
+            await cancel(ASKED[asked](chat, LONG), seconds)
+        said = [node.content for node in chat.tip.path()]
+        reply = await chat.respond_async("At last")
+        assert [node.content for node in reply.node.path()][: len(said)] == said
+
+    asyncio.run(ask())
+    model.engine.forget()  # what is reused says the same as what is computed anew
+    other = chat.fork(chat.tip.path()[-3])
+    assert other.respond("At last").node.token_ids == chat.tip.token_ids
+    chat.conversation.check()
+    check(model)
+    assert threading.active_count() <= threads + 1  # the engine's own, which may just have begun
