@@ -1,11 +1,12 @@
 """
-How long a browser takes until the page is there, and until 2,000 messages are drawn.
+How long a browser takes until the page is there, and until 2,000 and 10,000 messages are drawn.
 
-    python benchmarks/web.py [--runs 5]
+    python benchmarks/web.py [--runs 5] [--save]
 
 A server with the reference model, whose time is that of no model, and the system's Chromium without a
-window. First paint is what the browser itself reports; the tree is there with its first card. The last
-line is JSON.
+window. First paint is what the browser itself reports. The tree is drawn with its first cards or dots,
+and whole once the message at which it opens is seen: of 10,000 messages the first 2,000 are drawn
+while the others are read.
 """
 
 import argparse
@@ -23,13 +24,15 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
+from harness import report_models, say
+from recollect.proof.report import this_machine
 from recollect.server.page import page_files
 
-MESSAGES = 2000
+SIZES = (2000, 10_000)
 MOMENT = "2026-01-01T00:00:00+00:00"
 
 
-def conversation() -> dict[str, Any]:
+def conversation(messages: int) -> dict[str, Any]:
     """Return a conversation that branches at every tenth message, as a file."""
     nodes = [
         {
@@ -43,7 +46,7 @@ def conversation() -> dict[str, Any]:
             "created_at": MOMENT,
             "fingerprint": None,
         }
-        for number in range(1, MESSAGES + 1)
+        for number in range(1, messages + 1)
     ]
     return {
         "format": "recollect-conversation",
@@ -73,8 +76,10 @@ def measured(browser: Any, url: str) -> dict[str, float]:
     page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
     begun = perf_counter()
     page.goto(url)
-    page.locator(".card").first.wait_for()
+    page.locator(".card, .dots").first.wait_for(state="attached")
     drawn = perf_counter() - begun
+    page.locator(".card.chosen").wait_for()
+    whole = perf_counter() - begun
     paint = page.evaluate(
         "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? null"
     )
@@ -92,13 +97,19 @@ def measured(browser: Any, url: str) -> dict[str, float]:
     return {
         "first_paint_s": paint / 1000,
         "tree_drawn_s": drawn,
+        "tree_whole_s": whole,
         "key_s": max(times),
         "elements": elements,
     }
 
 
-def run(runs: int) -> list[dict[str, float]]:
-    """Measure several times; the first time, which reads files from the disk, does not count."""
+def run(runs: int) -> dict[int, list[dict[str, float]]]:
+    """
+    Measure each size several times; the first time, which reads files from the disk, does not count.
+
+    Returns:
+        By the number of messages.
+    """
     program = os.environ.get("CHROMIUM") or shutil.which("chromium")
     with tempfile.TemporaryDirectory() as home, sync_playwright() as tools:
         process = subprocess.Popen(
@@ -110,10 +121,15 @@ def run(runs: int) -> list[dict[str, float]]:
         assert process.stderr is not None
         line = next(line for line in process.stderr if "trees:" in line)
         url = re.findall(r"http\S+", line)[0]
-        made = posted(url, "/v1/conversations/import", {"file": conversation()})
         browser = tools.chromium.launch(executable_path=program)
         try:
-            return [measured(browser, f"{url}#{made['id']}") for _ in range(runs + 1)][1:]
+            found = {}
+            for size in SIZES:
+                made = posted(url, "/v1/conversations/import", {"file": conversation(size)})
+                found[size] = [measured(browser, f"{url}#{made['id']}") for _ in range(runs + 1)][
+                    1:
+                ]
+            return found
         finally:
             browser.close()
             process.terminate()
@@ -124,19 +140,25 @@ def main() -> None:
     """Print a table for people, and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    found = run(parser.parse_args().runs)
-
-    def middle(name: str) -> float:
-        return statistics.median(one[name] for one in found)
-
+    parser.add_argument("--save", action="store_true", help="keep the result under results/")
+    args = parser.parse_args()
+    found = run(args.runs)
     size = sum(len(file.content) for file in page_files().values())
-    print(f"files: {size:,} bytes")
-    for name in ("first_paint_s", "tree_drawn_s", "key_s"):
-        worst = max(one[name] for one in found)
-        print(f"{name}: median {middle(name):.3f}, worst {worst:.3f}")
-    print(f"elements of {MESSAGES:,} messages: {middle('elements'):.0f}")
-    values = {name: round(middle(name), 4) for name in found[0]}
-    print(json.dumps({"bytes": size, "messages": MESSAGES, "runs": len(found), **values}))
+    say(f"files: {size:,} bytes")
+    conversations: dict[str, Any] = {}
+    for messages, each in found.items():
+        of = conversations[str(messages)] = {}
+        for name in each[0]:
+            values = [one[name] for one in each]
+            of[name] = {
+                "median": round(statistics.median(values), 4),
+                "worst": round(max(values), 4),
+            }
+            say(
+                f"{messages:,} messages, {name}: {of[name]['median']}, at worst {of[name]['worst']}"
+            )
+    result = {"bytes": size, "runs": args.runs, "messages": conversations}
+    report_models("web", "reference", this_machine(), result, save=args.save)
 
 
 if __name__ == "__main__":
