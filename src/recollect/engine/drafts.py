@@ -40,6 +40,8 @@ BYTES_PER_TOKEN: Final = 200
 """Of an index: id, link and the entry by key. Source: tracemalloc, in the tests of this module."""
 MOST_BYTES: Final = 64 << 20
 """Of the indexes of all namespaces together: 330,000 tokens."""
+MOST_NAMESPACES: Final = 64
+"""Those that were used last are known; what is kept of all of them is added up with each reply."""
 
 _SHIFT: Final = 32
 _MASK: Final = (1 << _SHIFT) - 1
@@ -296,6 +298,8 @@ class _Reply:
 
 
 _MOST_HISTORIES: Final = 8
+_MOST_LEARNED: Final = 64
+"""Texts that wait for the next reply, of a conversation that was opened; the last ones stay."""
 _HISTORY_BYTES: Final = array("i").itemsize
 _FIXED_BYTES: Final = 4096
 """Of a namespace without a text."""
@@ -307,6 +311,7 @@ class _Namespace:
     def __init__(self) -> None:
         self.index = SuffixIndex()
         self._histories: deque[array[int]] = deque(maxlen=_MOST_HISTORIES)
+        self._learned: deque[int] = deque(maxlen=4 * _MOST_LEARNED)
 
     @property
     def bytes(self) -> int:
@@ -323,6 +328,14 @@ class _Namespace:
         self.index.extend(text, ids[known:].tolist())
         self._histories.append(array("i", ids.tobytes()))
         return text, self._histories[-1]
+
+    def learn(self, token_ids: Tokens[int]) -> None:
+        """Add a text, unless the same was added lately."""
+        ids = array("i", token_ids)
+        name = hash(ids.tobytes())
+        if name not in self._learned:
+            self._learned.append(name)
+            self.index.extend(self.index.begin(), ids)
 
 
 class Drafts:
@@ -373,8 +386,7 @@ class Drafts:
         """Return what was said in a namespace; nothing for a sequence that shares with nobody."""
         while self._learned:
             told, ids = self._learned.popleft()
-            index = self._namespaces.setdefault(told, _Namespace()).index
-            index.extend(index.begin(), ids)
+            self._namespaces.setdefault(told, _Namespace()).learn(ids)
         self._make_room()
         if name is None:
             return _Namespace()
@@ -384,11 +396,7 @@ class Drafts:
 
     def _make_room(self) -> None:
         """Drop the oldest texts of the namespaces that were used the longest ago."""
-        while self.bytes > MOST_BYTES:
+        while len(self._namespaces) > MOST_NAMESPACES or self.bytes > MOST_BYTES:
             name, namespace = next(iter(self._namespaces.items()))
-            if not namespace.index.drop_oldest():
+            if len(self._namespaces) > MOST_NAMESPACES or not namespace.index.drop_oldest():
                 del self._namespaces[name]
-
-
-_MOST_LEARNED: Final = 256
-"""Texts that wait for the next reply."""

@@ -135,9 +135,8 @@ class Sequence:
         self.moved = False
         """Whether another replica of an engine elsewhere has KV of it that this one lacked."""
         self._token_ids = array("q")
-        self._ahead: deque[tuple[int, Logits]] = (
-            deque()
-        )  # guesses to be judged, with the logits after each
+        # Guesses to be judged, with the logits after each.
+        self._ahead: deque[tuple[int, Logits]] = deque()
         self._id = SequenceId()
         self._finalizer = weakref.finalize(self, memory.pool.drop, self.blocks)
         self._finalizer.atexit = False  # when the program ends, the whole pool goes
@@ -384,8 +383,8 @@ class Sequence:
 
     def _judge(self, token_ids: Tokens[int]) -> None:
         """Keep the KV of the next guess if that is what the history now has; if not, of no guess."""
-        guess, logits = self._ahead.popleft()
         with self.memory.lock:
+            guess, logits = self._ahead.popleft()
             if list(token_ids) == [guess]:
                 self.accepted_tokens += 1
                 self.computed += 1

@@ -61,6 +61,13 @@ def test_what_was_asked_for_is_not_said(spoken: Path, capsys: pytest.CaptureFixt
     assert "runs on" not in capsys.readouterr().err
 
 
+def test_guesses_are_on_and_can_be_turned_off() -> None:
+    with ModelOptions(kv_disk="0").load("reference") as model:
+        assert model.engine.drafts is not None
+    with ModelOptions(kv_disk="0", no_draft=True).load("reference") as model:
+        assert model.engine.drafts is None
+
+
 def test_layers_that_are_no_number_are_refused(spoken: Path) -> None:
     with pytest.raises(ConfigError, match="give auto, or how many layers"):
         ModelOptions(gpu_layers="-3").load(str(spoken))

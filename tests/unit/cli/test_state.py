@@ -53,6 +53,11 @@ def test_the_line_tells_what_was_read_ahead_from_what_was_there_before() -> None
     assert line.startswith("1 new · 45 read ahead · first token")
 
 
+def test_the_line_says_how_many_tokens_were_guessed() -> None:
+    line = usage_line(reply(cost=replace(usage(), drafted_tokens=40, accepted_tokens=31)))
+    assert line.endswith(" tok/s (31 guessed)")
+
+
 def test_speed_is_not_that_of_tokens_nobody_waited_for() -> None:
     totals = Totals()
     totals.add(replace(usage(computed=1000), read_ahead_tokens=999))

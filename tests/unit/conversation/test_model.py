@@ -11,8 +11,10 @@ import pytest
 import recollect
 from recollect import config
 from recollect.conversation.model import CONTEXTS_IN_POOL, pool_size
+from recollect.engine.drafts import PassTimes
 from recollect.errors import ConfigError, ModelError
 from recollect.runtime.base import Lanes, RuntimeInfo
+from recollect.types import SamplingParams
 
 INFO = RuntimeInfo("x", block_size=32, bytes_per_block=1000, vocab_size=10, context_length=100)
 
@@ -207,3 +209,18 @@ def test_without_kv_on_disk_nothing_is_written_and_on_a_full_disk_what_is_there_
         model.session("You are terse.").respond(question)
     with recollect.load("reference", home=tmp_path) as model:
         assert model.session("You are terse.").respond(question).usage.restored_tokens > 0
+
+
+def test_a_reply_that_is_generated_again_after_a_restart_is_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the journal: the index of what was said is in memory alone."""
+    monkeypatch.setattr(PassTimes, "of", lambda _self, width: 1 + width / 50)  # so that guesses pay
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    with recollect.load("reference", home=tmp_path, kv_disk=0) as model:
+        first = model.session(params=params, name="kept").respond("Hello")
+    assert first.usage.accepted_tokens < 20
+    with recollect.load("reference", home=tmp_path, kv_disk=0) as model:
+        again = model.resume("kept", params=params).regenerate()
+    assert again.text == first.text
+    assert again.usage.accepted_tokens > 20

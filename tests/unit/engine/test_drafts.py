@@ -13,6 +13,7 @@ from recollect.engine.drafts import (
     LONGEST,
     MOST_BYTES,
     MOST_COMPARED,
+    MOST_NAMESPACES,
     Drafts,
     PassTimes,
     SuffixIndex,
@@ -293,6 +294,42 @@ def test_texts_of_other_branches_are_learned_before_the_next_reply() -> None:
     sequence.append(ids[:20])
     drafts.follow(sequence, [])
     assert list(sequence.draft) == ids[20 : 20 + len(sequence.draft)] != []
+    engine.close()
+
+
+def test_a_conversation_that_is_opened_again_is_learned_once() -> None:
+    ids = dice_of(13).sample(range(1000), 500)
+    runtime = ReferenceRuntime(vocab_size=1000)
+    engine, drafts = Engine(runtime, num_blocks=200), Drafts(runtime.info)
+    taken = []
+    for _ in range(3):
+        drafts.learn("", [ids, ids[::-1]])
+        sequence = engine.new_sequence()
+        sequence.append(ids[:20])
+        drafts.follow(sequence, [])
+        drafts.follow(sequence, None)
+        taken.append(drafts.bytes)
+    assert taken[0] > 1000 * BYTES_PER_TOKEN
+    assert taken[2] < taken[0] + 100 * BYTES_PER_TOKEN
+    engine.close()
+
+
+def test_so_many_namespaces_are_known_and_those_used_last() -> None:
+    ids = dice_of(14).sample(range(1000), 60)
+    runtime = ReferenceRuntime(vocab_size=1000)
+    engine, drafts = Engine(runtime, num_blocks=200), Drafts(runtime.info)
+
+    def guessed(namespace: str, length: int) -> bool:
+        sequence = engine.new_sequence(namespace)
+        sequence.append(ids[:length])
+        drafts.follow(sequence, [])
+        return bool(sequence.draft)
+
+    for number in range(MOST_NAMESPACES + 8):
+        guessed(str(number), 60)
+    assert drafts.bytes < (MOST_NAMESPACES + 1) * (60 * BYTES_PER_TOKEN + 8000)
+    assert guessed(str(MOST_NAMESPACES + 7), 30)
+    assert not guessed("0", 30)
     engine.close()
 
 

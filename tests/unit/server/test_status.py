@@ -6,6 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
+from recollect.conversation.model import Model
+from recollect.engine.drafts import Drafts, PassTimes
 from recollect.server.usage import PrefillSpeed, cost
 from recollect.types import Usage
 
@@ -33,6 +35,29 @@ def test_metrics_count_what_was_done(client: httpx.Client, chat: Callable[..., J
     assert metric(client, 'recollect_requests_total{endpoint="other",status="404"}') == 1
     assert metric(client, 'recollect_blocks{model="reference",state="') == 512
     assert metric(client, "recollect_running") == 0
+
+
+def test_guesses_are_told_and_counted(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    chat: Callable[..., Json],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(PassTimes, "of", lambda _self, width: 1 + width / 50)  # so that they pay
+
+    def load(_: str) -> Model:
+        model = make_model()
+        model.engine.drafts = Drafts(model.engine.info)
+        return model
+
+    client = start(load=load)
+    for _ in range(2):
+        usage = chat(client, ("user", "Hello"), max_tokens=40)["usage"]
+    told = usage["recollect"]
+    assert 0 < told["accepted_tokens"] <= told["drafted_tokens"]
+    guessed = 'recollect_drafted_tokens_total{model="reference",outcome="'
+    assert metric(client, guessed + 'accepted"}') >= told["accepted_tokens"]
+    assert metric(client, guessed) >= told["drafted_tokens"]
 
 
 def test_a_conversation_is_computed_before_it_is_asked(
