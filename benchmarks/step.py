@@ -169,9 +169,7 @@ def decoded(
     model: recollect.Model, runtime: TimedRuntime, count: int, tokens: int, wanted: int
 ) -> list[Parts]:
     """Let that many conversations decode at once; return the parts of each step of all of them."""
-    sessions = [
-        model.session(prompt(tokens, f"chat {n}"), namespace=f"{count}") for n in range(count)
-    ]
+    sessions = [model.session(prompt(tokens, f"chat {n}"), namespace="step") for n in range(count)]
     for session in sessions:
         session.prewarm()
     runtime.passes.clear()
