@@ -161,8 +161,12 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         for policy in ("by conversation", "least loaded", "in turn")
     ],
     ("elsewhere-exact", "a conversation with"): lambda result: [
-        result["trace"]["front_awaited_tokens"],
-        result["trace"]["alone_computed_tokens"],
+        count
+        for trace in result["traces"]
+        for count in (
+            trace["front_awaited_tokens"] + trace["front_ahead_tokens"],
+            trace["alone_computed_tokens"],
+        )
     ],
     ("elsewhere-exact", "the fleet's model"): lambda result: [
         100 * result["fleet"]["reused_share"][policy][kind]
