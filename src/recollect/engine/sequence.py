@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import MisuseError, RewindError
+from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
 from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId, check_append
+from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,26 @@ class FeedPlan:
     def tokens(self) -> int:
         """Return how many tokens of the history are fed; 1: the next one of a reply is all that is wanted."""
         return self.end - self.start - self.drafted
+
+
+def _check_append(token_ids: Tokens[int], length: int, info: RuntimeInfo) -> None:
+    """
+    Refuse tokens that cannot be appended to a history of *length* tokens.
+
+    Raises:
+        TokenIdError: There are none, or one is outside the vocabulary.
+        ContextFullError: They do not fit the context.
+    """
+    if len(token_ids) == 0:
+        raise TokenIdError("There are no tokens to append: give at least one.")
+    for token in (min(token_ids), max(token_ids)):
+        if not 0 <= token < info.vocab_size:
+            raise TokenIdError(
+                f"Token id {token} is outside the vocabulary: ids go from 0 to {info.vocab_size - 1}."
+            )
+    needed = length + len(token_ids)
+    if needed > info.context_length:
+        raise ContextFullError(needed=needed, limit=info.context_length)
 
 
 def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
@@ -187,7 +207,7 @@ class Sequence:
             ContextFullError: They do not fit the context. Nothing was changed.
         """
         self._require_open()
-        check_append(token_ids, len(self), self.memory.info)
+        _check_append(token_ids, len(self), self.memory.info)
         self._token_ids += array("q", token_ids)  # made first: all of them or none
         self.logits = None
         if self._ahead:

@@ -22,13 +22,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import (
-    ConfigError,
-    ContextFullError,
-    MisuseError,
-    RuntimeFailure,
-    TokenIdError,
-)
+from recollect.errors import ConfigError, MisuseError, RuntimeFailure
 from recollect.types import Parts
 
 Logits = npt.NDArray[np.float32]
@@ -342,26 +336,6 @@ def allocate(runtime: PagedRuntime, num_blocks: int) -> None:
         raise ConfigError(
             f"There is no memory for {num_blocks:,} blocks of KV: give KV less, or end other programs."
         ) from cause
-
-
-def check_append(token_ids: Sequence[int], length: int, info: RuntimeInfo) -> None:
-    """
-    Refuse tokens that cannot be appended to a history of *length* tokens.
-
-    Raises:
-        TokenIdError: There are none, or one is outside the vocabulary.
-        ContextFullError: They do not fit the context.
-    """
-    if len(token_ids) == 0:
-        raise TokenIdError("There are no tokens to append: give at least one.")
-    for token in (min(token_ids), max(token_ids)):
-        if not 0 <= token < info.vocab_size:
-            raise TokenIdError(
-                f"Token id {token} is outside the vocabulary: ids go from 0 to {info.vocab_size - 1}."
-            )
-    needed = length + len(token_ids)
-    if needed > info.context_length:
-        raise ContextFullError(needed=needed, limit=info.context_length)
 
 
 def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_a_snapshot_is_read_again_after_every_kind_of_change_and_only_then(tmp_p
             return is_new
 
         assert not reads_again()
-        changes = {
+        changes: dict[str, Callable[[], object]] = {
             "a message": lambda: other.append(chat, second, [SAID]),
             "a branch": lambda: other.set_tip(chat, "main", first),
             "a new branch": lambda: journal.set_tip(chat, "fork", None),

@@ -288,7 +288,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     connect = sqlite3.connect
 
     def counted(*args: Any, **options: Any) -> sqlite3.Connection:
-        connection = connect(*args, **options)
+        connection: sqlite3.Connection = connect(*args, **options)
         connection.set_progress_handler(count, 1000)
         return connection
 
