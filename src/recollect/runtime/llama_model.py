@@ -423,24 +423,16 @@ class _Batches:
     """
 
     def __init__(self) -> None:
-        self._tokens = np.zeros(MOST_FED, np.int32)
-        self._places = np.zeros(MOST_FED, np.int32)
-        self._ones = np.ones(MOST_FED, np.int32)
-        self._lanes = np.zeros(MOST_FED, np.int32)
+        self._tokens, self._places, self._lanes, self._ones = np.ones((4, MOST_FED), np.int32)
         self._outputs = np.zeros(MOST_FED, np.int8)
         # Of each token the address of its lane's number.
-        step = self._lanes.itemsize
-        self._owners = self._lanes.ctypes.data + step * np.arange(MOST_FED, dtype=np.uintp)
-        number, small = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_int8)
-        self._batch = Batch(
-            0,
-            self._tokens.ctypes.data_as(number),
-            None,
-            self._places.ctypes.data_as(number),
-            self._ones.ctypes.data_as(number),
-            self._owners.ctypes.data_as(ctypes.POINTER(number)),
-            self._outputs.ctypes.data_as(small),
-        )
+        self._owners = self._lanes.ctypes.data + 4 * np.arange(MOST_FED, dtype=np.uintp)
+        number = ctypes.POINTER(ctypes.c_int32)
+        places, ones = (one.ctypes.data_as(number) for one in (self._places, self._ones))
+        owners = self._owners.ctypes.data_as(ctypes.POINTER(number))
+        outputs = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        tokens = self._tokens.ctypes.data_as(number)
+        self._batch = Batch(0, tokens, None, places, ones, owners, outputs)
 
     def fill(self, parts: Sequence[Part]) -> tuple[Batch, list[int]]:
         """Return the batch of some parts, `MOST_FED` tokens at most, and where each one's last token is."""
@@ -448,14 +440,9 @@ class _Batches:
         at = 0
         for lane, start, ids, into in parts:
             end = at + len(ids)
-            self._lanes[at:end] = lane
-            if end - at == 1:
-                self._tokens[at], self._places[at] = ids[0], start
-            else:
-                self._tokens[at:end] = ids
-                self._places[at:end] = np.arange(start, start + end - at)
-                self._outputs[at:end] = 0
-            self._outputs[end - 1] = into is not None
+            self._tokens[at:end], self._lanes[at:end] = ids, lane
+            self._places[at:end] = np.arange(start, start + end - at)
+            self._outputs[at:end], self._outputs[end - 1] = 0, into is not None
             last.append(end - 1)
             at = end
         self._batch.n_tokens = at
