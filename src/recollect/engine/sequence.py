@@ -364,7 +364,8 @@ class Sequence:
         self.memory.pool.release(replaced)
         del self.chain[start // size :]
         self.computed = start
-        return [(replaced[0], new[0])] if keep * size < start else []  # it has slots before
+        has_slots_before = keep * size < start
+        return [(replaced[0], new[0])] if replaced and has_slots_before else []
 
     def take_back(self, start: int) -> bool:
         """

@@ -240,8 +240,8 @@ _ROUTERS: Final = (
     chat_completions.router,
     completions.router,
     responses.router,
+    browsing.router,  # before the next: an import is no conversation's id
     conversation_routes.router,
-    browsing.router,
     watching.router,
     explore_routes.router,
     anthropic.router,
