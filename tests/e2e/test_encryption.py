@@ -7,7 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ CUT = "recollect: The reply was cut at the token limit.\n"
 SHORT = ["--model", "reference", "--ignore-eos", "-n", "5"]
 PHRASE = "the treasure lies below the oak"
 TIMEOUT_S = 60
+RECOLLECT = [sys.executable, "-m", "recollect"]
 
 
 @pytest.fixture
@@ -126,6 +128,60 @@ def test_a_server_keeps_what_it_is_told_encrypted(environment: dict[str, str], h
             server.communicate(timeout=TIMEOUT_S)
     assert found["metadata"] == {"note": PHRASE}
     assert (home / JOURNAL_NAME).exists()
+    assert in_the_files(home) == []
+
+
+@contextmanager
+def serving(environment: dict[str, str], end: int) -> Iterator[httpx.Client]:
+    """Have a server run in the encrypted folder, which a signal ends; return a client of it."""
+    with subprocess.Popen(  # noqa: S603 - our own command
+        [*RECOLLECT, "serve", "--encrypt", "--model", "reference", "--port", "0"],
+        env=environment | {PASSPHRASE_VARIABLE: "sesame"},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            assert server.stderr is not None
+            addresses = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in server.stderr)
+            address = next(found[0] for found in addresses if found)
+            with httpx.Client(base_url=f"{address}/v1", trust_env=False, timeout=60) as client:
+                yield client
+        finally:
+            server.send_signal(end)
+            server.communicate(timeout=TIMEOUT_S)
+
+
+def test_an_exploration_goes_on_in_an_encrypted_folder_after_the_server_was_killed(
+    environment: dict[str, str], home: Path
+) -> None:
+    """What was kept is there with its names, can be gone on with and explored from, and stays sealed."""
+
+    def post(client: httpx.Client, path: str, body: dict[str, Any]) -> Any:
+        return client.post(path, json=body).raise_for_status().json()
+
+    short = {"temperature": 1.0, "max_output_tokens": 5}
+    with serving(environment, signal.SIGKILL) as client:
+        items = [{"role": "user", "content": f"{PHRASE} {n}"} for n in range(3)]
+        conversation = post(client, "/conversations", {"items": items})["id"]
+        place = f"/conversations/{conversation}"
+        tried = [{"prompt": PHRASE, "name": "idea"}, {"prompt": "or elsewhere?"}]
+        first = post(client, f"{place}/explore", {"branches": tried, **short})
+        before = client.get(f"{place}/tree").json()["nodes"]
+    assert len(first["branches"]) == 2
+    with serving(environment, signal.SIGKILL) as client:
+        after = client.get(f"{place}/tree").json()
+        assert [one["items"] for one in after["nodes"]] == [one["items"] for one in before]
+        assert "idea" in after["tips"]
+        branch = f"{conversation}.idea"
+        post(client, "/responses", {"conversation": branch, "input": PHRASE, **short})
+        again = post(client, f"/conversations/{branch}/explore", {"n": 2, **short})
+        assert len(again["branches"]) == 2
+        found = client.get("/search", params={"query": f'"{PHRASE}"'}).json()["data"]
+        assert len(found) == 5
+    with serving(environment, signal.SIGTERM) as client:
+        last = client.get(f"{place}/tree").json()
+        assert len(last["nodes"]) == len(before) + 2 + 2
+        assert len(client.get(f"{place}/branches").json()["data"]) >= 4
     assert in_the_files(home) == []
 
 
