@@ -9,6 +9,7 @@ of a pass for each token, over the time of the passes with guesses, both measure
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -159,9 +160,9 @@ def measured(
         session.respond(case.before)
         said = [session.tip.token_ids or ()]
     speeds: dict[str, list[float]] = {"plain": [], "guessed": []}
-    bounds, texts, usage = list[float](), set[str](), None
+    by_width = defaultdict[int, list[float]](list)
+    rounds_of_passes, texts, usage = list[tuple[int, list[int]]](), set[str](), None
     for number in range(rounds + 1):
-        single = list[float]()
         for way in ("plain", "guessed"):
             model.engine.drafts = None if way == "plain" else drafts
             namespace = f"{name} {number} {way}"  # so that nothing is known of the rounds before
@@ -170,16 +171,22 @@ def measured(
             passes.taken.clear()
             reply = session.respond(case.question)
             texts.add(reply.text)
-            taken = [seconds for _, seconds in passes.taken]
-            if way == "plain":
-                single = taken
-            elif number:
+            if not number:
+                continue
+            speeds[way].append(reply.usage.decode_tps or 0.0)
+            for width, seconds in passes.taken:
+                by_width[width].append(seconds)
+            if way == "guessed":
                 usage = reply.usage
-                bounds.append((usage.generated_tokens - 1) * median(single) / sum(taken))
-            if number:
-                speeds[way].append(reply.usage.decode_tps or 0.0)
+                widths = [width for width, _ in passes.taken]
+                rounds_of_passes.append((usage.generated_tokens - 1, widths))
     assert usage is not None, "there was a round"
-    plain, guessed, bound = median(speeds["plain"]), median(speeds["guessed"]), median(bounds)
+    cost = {width: median(taken) for width, taken in by_width.items()}
+    bound = median(
+        tokens * cost[1] / sum(cost[width] for width in widths)
+        for tokens, widths in rounds_of_passes
+    )
+    plain, guessed = median(speeds["plain"]), median(speeds["guessed"])
     ratio = guessed / plain
     holds = ratio >= case.least and ratio >= LEAST_SHARE * bound
     say(
