@@ -64,6 +64,15 @@ def beyond_passes(*turns: str) -> Callable[[Result], list[float]]:
     return lambda result: [result["agent"]["turns"][turn]["beyond_s"]["median"] for turn in turns]
 
 
+def of_steps(what: str, factor: float = 1.0) -> Callable[[Result], list[float]]:
+    return lambda result: [factor * result["steps"][count][what] for count in ("1", "4", "8")]
+
+
+def least_ms(result: Result, way: str, rows: str) -> float:
+    least: float = result["ways"][way]["minimum_ms"][rows]
+    return least
+
+
 def total(result: Result, what: str) -> int:
     return sum(trace[what] for trace in result["traces"])
 
@@ -96,6 +105,16 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         result["throughput"]["forward_ratio"],
     ],
     ("batching-fast", "longest wait"): lambda result: [result["gap"]["ratio"]],
+    ("step-smollm2-fast", "a step"): of_steps("step_ms"),
+    ("step-smollm2-fast", "the inference"): of_steps("inference_ms"),
+    ("step-smollm2-fast", "between two"): of_steps("between_ms"),
+    ("step-smollm2-fast", "from the end"): of_steps("last_text_ms"),
+    ("step-smollm2-fast", "the floor"): of_steps("floor_share", 100),
+    ("eight-rows-fast", "OpenVINO's products"): lambda result: [
+        least_ms(result, "as it is", "4"),
+        least_ms(result, "as it is", "8"),
+        least_ms(result, "f32, whole zero points, inputs quantized by 32", "8"),
+    ],
     ("runtime-fast", "prefill and decode"): speeds,
     ("runtime-exact", "the same in `exact`"): speeds,
     ("runtime-small", "the same in `small`"): speeds,

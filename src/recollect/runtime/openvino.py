@@ -8,8 +8,14 @@ a pass. The second half, `OpenVinoRuntime`, owns the compiled model and its KV t
 Does not know which block belongs to which sequence.
 """
 
+import ctypes
 import functools
-from collections.abc import Sequence
+import mmap
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -369,6 +375,8 @@ class OpenVinoRuntime:
         if self._num_blocks > 1 and self._info.context_length > len(prompt):
             self.forward([Row(prompt, 0, [0, 1])])
             self.forward([Row([0], len(prompt), [0, 1])])
+            # Beside what is asked first: for smollm2 it takes half a second of one core.
+            threading.Thread(target=use_huge_pages, name="recollect-pages", daemon=True).start()
 
     def read_block(self, block: int, into: memoryview) -> None:
         """Copy a block's bytes, layer after layer, to *into*."""
@@ -417,6 +425,46 @@ class OpenVinoRuntime:
         check_blocks([block], self._num_blocks)
         check_block_bytes(content, self._info)
         return np.frombuffer(content, np.uint8)
+
+
+_HUGE_PAGE: Final = 2 << 20
+_COLLAPSE: Final = 25
+"""`MADV_COLLAPSE` in linux/mman.h, since Linux 6.1: join the pages of a range into one, now."""
+_ANONYMOUS: Final = re.compile(
+    r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ 00:00 0 *(?:\[heap\]|\[anon.*)?\n"
+)
+_LOWEST_PRIORITY: Final = 19
+
+
+def use_huge_pages() -> int:
+    """
+    Have Linux join the memory of this process into pages of 2 MiB; return how many.
+
+    A pass reads all weights. In pages of 4 KiB they are more than the processor has addresses at hand for,
+    and looking these up is a tenth of a pass of SmolLM2-135M on a virtual machine. Source: LOG.md.
+    What is joined is in use as a whole, so that the process takes no more memory; what cannot be joined, on
+    other systems everything, stays as it is.
+    """
+    joined = 0
+    with suppress(OSError, AttributeError):  # no Linux, or one without these files or calls
+        if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+            return 0
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        system = ctypes.CDLL(None)
+        present = (ctypes.c_ubyte * (_HUGE_PAGE // mmap.PAGESIZE))()
+        for start in _huge_places(Path("/proc/self/maps").read_text()):
+            place, size = ctypes.c_void_p(start), ctypes.c_size_t(_HUGE_PAGE)
+            is_in_use = system.mincore(place, size, present) == 0 and 0 not in bytes(present)
+            if is_in_use and system.madvise(place, size, _COLLAPSE) == 0:
+                joined += 1
+    return joined
+
+
+def _huge_places(maps: str) -> Iterator[int]:
+    """Yield the addresses of all huge pages that would lie in anonymous memory, from /proc/self/maps."""
+    for start, end in _ANONYMOUS.findall(maps):
+        first = -(-int(start, 16) // _HUGE_PAGE) * _HUGE_PAGE
+        yield from range(first, int(end, 16) - _HUGE_PAGE + 1, _HUGE_PAGE)
 
 
 @functools.cache
