@@ -12,7 +12,7 @@ from recollect.types import Grammar, SamplingParams
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
-GREEDY = SamplingParams(max_tokens=96, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=48, ignore_eos=True)
 SCHEMA = Grammar(
     "json_schema",
     '{"type": "object", "properties": {"name_of_the_town": {"type": "string", "maxLength": 20}, '
