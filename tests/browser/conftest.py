@@ -136,8 +136,8 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
 @pytest.fixture(scope="module")
 def server(start_server: Callable[..., Server]) -> Server:
-    """Return a server without keys."""
-    return start_server()
+    """Return a server without keys, whose replies take a while: guesses would bring some at once."""
+    return start_server("--no-draft")
 
 
 @pytest.fixture(scope="module")

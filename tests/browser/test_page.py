@@ -91,8 +91,8 @@ def test_asking_forking_and_editing_grow_a_tree(server: Any, windows: Callable[.
     # Another reply to the same question, then another question in place of the first.
     page.locator(".message.assistant").last.hover()
     page.get_by_label("Another reply").last.click()
+    page.locator(".message.assistant .pager", has_text="2 of 2").wait_for()
     settled(page)
-    page.locator(".pager", has_text="2 of 2").last.wait_for()
     page.locator(".message.user").first.hover()
     page.get_by_label("Edit the question").first.click()
     page.get_by_label("The question, edited").fill("Name a desert.")
@@ -102,6 +102,22 @@ def test_asking_forking_and_editing_grow_a_tree(server: Any, windows: Callable[.
     found = tree_of(server.url, page)
     assert sum(node["parent_id"] is None for node in found["nodes"]) == 2
     assert len(found["tips"]) == 4
+
+
+def test_a_question_that_is_edited_stays_open_when_a_reply_ends(
+    server: Any, windows: Callable[..., Any]
+) -> None:
+    page = windows(f"{server.url}#{counting(server.url)}")
+    page.locator(".message.assistant .markdown").wait_for()
+    page.get_by_label("Question", exact=True).fill("Go on.")
+    page.keyboard.press("Enter")
+    page.locator(".growing").first.wait_for()
+    page.locator(".message.user").first.hover()
+    page.get_by_label("Edit the question").first.click()
+    page.get_by_label("The question, edited").fill("Count to 9.")
+    settled(page)
+    page.locator(".message.assistant").nth(1).wait_for()
+    assert page.get_by_label("The question, edited").input_value() == "Count to 9."
 
 
 NUMBERS = "\n".join(str(number) for number in range(1, 100))

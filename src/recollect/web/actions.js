@@ -202,6 +202,19 @@ export function select(id) {
   });
 }
 
+/**
+ * Go along with a branch that has grown: a question on it that is being edited stays open.
+ *
+ * @param {string | null} id Its newest message.
+ */
+export function follow(id) {
+  const edited = state.editing.value;
+  batch(() => {
+    select(id);
+    state.editing.value = edited;
+  });
+}
+
 /** Begin a conversation, with the system prompt of the settings where there is one. */
 export async function begin() {
   const system = state.settings.value.system.trim();
@@ -400,7 +413,7 @@ async function goOn(id, name, parent, input, { question = null, continues = fals
       await attempt(() => (control.signal.aborted ? stoppedReply(conversation, name, parent) : readTreeAgain()));
     }
     batch(() => {
-      if (follows()) select(state.tree.value.tips[name] ?? parent);
+      if (follows()) follow(state.tree.value.tips[name] ?? parent);
       state.setPending(reply, null);
     });
     void attempt(readConversations);

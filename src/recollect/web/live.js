@@ -6,7 +6,7 @@
 
 import { listen } from "./api.js";
 import * as state from "./state.js";
-import { attempt, forgetConversation, readConversations, readMs, readTreeAgain, select } from "./actions.js";
+import { attempt, follow, forgetConversation, readConversations, readMs, readTreeAgain } from "./actions.js";
 
 /** Milliseconds in which events are gathered before what changed is read. */
 const GATHER = 200;
@@ -48,7 +48,7 @@ function readOpen() {
     const follows = before === state.selected.value && state.growing.value.every((one) => !one.isOwn);
     await readTreeAgain();
     const now = state.tree.value.tips[state.branch.value];
-    if (follows && state.selected.value === before && now !== undefined && now !== before) select(now);
+    if (follows && state.selected.value === before && now !== undefined && now !== before) follow(now);
   }, Math.max(GATHER, REST * readMs));
 }
 
