@@ -77,6 +77,12 @@ class Explore(SamplingFields):
             raise ValueError("Give exactly one of n, prompts and branches")
         return self
 
+    def counted(self) -> tuple[str, int]:
+        """Return which field says how many branches there are to be, and how many; none is made for it."""
+        if self.branches is not None:
+            return "branches", len(self.branches)
+        return ("n", self.n or 1) if self.prompts is None else ("prompts", len(self.prompts))
+
     def tried(self) -> list[TriedBranch]:
         """Return the branches, also where the body only counts them or says what is said."""
         if self.branches is not None:
@@ -101,9 +107,8 @@ class Explore(SamplingFields):
 @router.post("/v1/conversations/{conversation_id}/explore")
 async def explore(conversation_id: str, body: Explore, request: Request) -> Response:
     """Try several replies from where a conversation stands, or from one of its items."""
+    check_count(*body.counted(), services_of(request).settings.limits.choices)
     tried = body.tried()
-    field_name = "branches" if body.branches is not None else "prompts" if body.prompts else "n"
-    check_count(field_name, len(tried), services_of(request).settings.limits.choices)
     place = await asyncio.to_thread(_place_of, request, conversation_id, body)
     trial = _Trial(place, body, _names(place.view, tried))
     job = await begin(

@@ -135,6 +135,8 @@ def test_nothing_is_kept_that_is_not_to_be(
         ({"n": 2, "prompts": ["a"]}, 400, "Give exactly one of n, prompts and branches"),
         ({"n": 0}, 400, "n"),
         ({"n": 9}, 400, "n: 9 are too many"),
+        # Counted before anything is made: as a list it would be more memory than there is.
+        ({"n": 10**15}, 400, "n: 1,000,000,000,000,000 are too many"),
         ({"prompts": ["a"] * 9}, 400, "prompts: 9 are too many"),
         ({"prompts": []}, 400, "prompts"),
         ({"prompts": ["a", "a"], "temperature": 0}, 400, "greedy"),
