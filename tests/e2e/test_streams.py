@@ -83,7 +83,14 @@ def test_where_errors_cannot_be_written_the_status_tells(
 
 def test_whoever_has_read_enough_may_go(environment: dict[str, str]) -> None:
     status, complaint = shell(f"(seq 1 40 | {CHAT} --lines; echo $? >&2) | head -c 5", environment)
-    assert (status, complaint) == (0, "recollect: The reply was cut at the token limit.\n1\n")
+    # The reader may be gone before the first reply is whole, or after it.
+    assert (
+        status,
+        complaint.removeprefix("recollect: The reply was cut at the token limit.\n"),
+    ) == (
+        0,
+        "1\n",
+    )
     status, complaint = shell(f"({RECOLLECT} models; echo $? >&2) | head -c 0", environment)
     assert (status, complaint) == (0, "1\n")
 
