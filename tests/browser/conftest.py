@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from hashlib import sha256
@@ -101,6 +102,9 @@ class Server:
             told += line
             if found := re.search(r"trees: (http://127\.0\.0\.1:(\d+)/)", line):
                 self.url, self.port = found[1], int(found[2])
+                # Each request is a line: a pipe that nobody reads is full some time, and the server waits.
+                self._reader = threading.Thread(target=self._process.stderr.read, daemon=True)
+                self._reader.start()
                 return
         raise AssertionError(told)
 
@@ -115,7 +119,10 @@ class Server:
     def _end(self, how: signal.Signals) -> None:
         if self._process.poll() is None:
             self._process.send_signal(how)
-            self._process.communicate(timeout=60)
+            self._process.wait(timeout=60)
+        self._reader.join(timeout=60)
+        assert self._process.stderr is not None
+        self._process.stderr.close()
 
 
 @pytest.fixture(scope="module")
