@@ -110,6 +110,12 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("step-smollm2-fast", "between two"): of_steps("between_ms"),
     ("step-smollm2-fast", "from the end"): of_steps("last_text_ms"),
     ("step-smollm2-fast", "the floor"): of_steps("floor_share", 100),
+    ("drafts-fast", "speed, in times"): lambda result: [
+        case["ratio"] for case in result["cases"].values()
+    ],
+    ("drafts-fast", "the same in percent"): lambda result: [
+        100 * case["share_of_bound"] for case in result["cases"].values()
+    ],
     ("eight-rows-fast", "OpenVINO's products"): lambda result: [
         least_ms(result, "as it is", "4"),
         least_ms(result, "as it is", "8"),
