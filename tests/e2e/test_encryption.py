@@ -105,32 +105,6 @@ def test_without_the_passphrase_no_command_reads_or_changes_anything(
     assert ((home / JOURNAL_NAME).read_bytes(), (home / KEY_FILE).read_bytes()) == before
 
 
-def test_a_server_keeps_what_it_is_told_encrypted(environment: dict[str, str], home: Path) -> None:
-    arguments = ["serve", "--encrypt", "--model", "reference", "--port", "0"]
-    with subprocess.Popen(  # noqa: S603 - our own command
-        [sys.executable, "-m", "recollect", *arguments],
-        env=environment | {PASSPHRASE_VARIABLE: "sesame"},
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as server:
-        try:
-            assert server.stderr is not None
-            addresses = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in server.stderr)
-            address = next(found[0] for found in addresses if found)
-            said = {"input": PHRASE, "max_output_tokens": 5, "metadata": {"note": PHRASE}}
-            with httpx.Client(base_url=f"{address}/v1", trust_env=False, timeout=60) as client:
-                kept = client.post("/responses", json=said).raise_for_status().json()["id"]
-                again = {"input": "and?", "previous_response_id": kept, "max_output_tokens": 5}
-                client.post("/responses", json=again).raise_for_status()
-                found = client.get(f"/responses/{kept}").raise_for_status().json()
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.communicate(timeout=TIMEOUT_S)
-    assert found["metadata"] == {"note": PHRASE}
-    assert (home / JOURNAL_NAME).exists()
-    assert in_the_files(home) == []
-
-
 @contextmanager
 def serving(environment: dict[str, str], end: int) -> Iterator[httpx.Client]:
     """Have a server run in the encrypted folder, which a signal ends; return a client of it."""
@@ -149,6 +123,18 @@ def serving(environment: dict[str, str], end: int) -> Iterator[httpx.Client]:
         finally:
             server.send_signal(end)
             server.communicate(timeout=TIMEOUT_S)
+
+
+def test_a_server_keeps_what_it_is_told_encrypted(environment: dict[str, str], home: Path) -> None:
+    said = {"input": PHRASE, "max_output_tokens": 5, "metadata": {"note": PHRASE}}
+    with serving(environment, signal.SIGTERM) as client:
+        kept = client.post("/responses", json=said).raise_for_status().json()["id"]
+        again = {"input": "and?", "previous_response_id": kept, "max_output_tokens": 5}
+        client.post("/responses", json=again).raise_for_status()
+        found = client.get(f"/responses/{kept}").raise_for_status().json()
+    assert found["metadata"] == {"note": PHRASE}
+    assert (home / JOURNAL_NAME).exists()
+    assert in_the_files(home) == []
 
 
 def test_an_exploration_goes_on_in_an_encrypted_folder_after_the_server_was_killed(
