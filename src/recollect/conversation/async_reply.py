@@ -8,11 +8,13 @@ its pieces are read on the loop, from the stream that threads read too. So nothi
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from recollect.conversation.turn import Reply
 from recollect.errors import ConversationError, RecollectError
 from recollect.types import SamplingParams
+
+_T = TypeVar("_T")
 
 
 class Streaming(Protocol):
@@ -28,6 +30,38 @@ class Streaming(Protocol):
 
     def close(self) -> None:
         """End it and save its text so far; may wait."""
+
+
+async def to_its_end(
+    work: Callable[[], _T], *, cancelled: Callable[[], object] = lambda: None
+) -> _T:
+    """
+    Call on a thread, and go on only when that has returned, however often the task is cancelled.
+
+    So whoever waits for the task finds nothing of it left: no engine's work, no session in use.
+
+    Args:
+        work: What is called.
+        cancelled: Called when the task is cancelled meanwhile, each time: it makes the work end soon.
+
+    Raises:
+        asyncio.CancelledError: The task was cancelled, and the work has ended.
+    """
+    import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
+
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    cancellation: asyncio.CancelledError | None = None
+    while not working.done():
+        try:
+            await asyncio.wait([working])
+        except asyncio.CancelledError as error:
+            cancellation = error
+            cancelled()
+    if cancellation is not None:
+        if not working.cancelled():
+            working.exception()  # the cancellation is what the task ends with
+        raise cancellation
+    return working.result()
 
 
 class _Beginning:
@@ -133,12 +167,10 @@ class AsyncReply:
         Raises:
             StoreError: The journal cannot save it. The conversation is as it was.
         """
-        import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
-
         stream = self._beginning.leave()
         if stream is not None:
             stream.stop()
-            await asyncio.shield(asyncio.to_thread(stream.close))
+            await to_its_end(stream.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -154,18 +186,10 @@ class AsyncReply:
             self._end_later(stream)
 
     async def _begun(self) -> Streaming:
-        import asyncio  # noqa: PLC0415 - likewise
-
         begun = self._beginning
         if begun.is_left:
             raise StopAsyncIteration
-        beginning = asyncio.ensure_future(asyncio.to_thread(begun.begin))
-        try:
-            await asyncio.shield(beginning)
-        except asyncio.CancelledError:
-            begun.leave()
-            await asyncio.wait([beginning])  # the thread ends what it has begun
-            raise
+        await to_its_end(begun.begin, cancelled=begun.leave)  # the thread ends what it has begun
         assert begun.stream is not None, "it has begun"
         return begun.stream
 

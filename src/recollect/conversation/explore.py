@@ -17,6 +17,7 @@ from itertools import count
 from time import perf_counter
 from typing import Any, Final, Self
 
+from recollect.conversation.async_reply import to_its_end
 from recollect.conversation.branches import (
     Branch,
     BranchGeneration,
@@ -367,14 +368,14 @@ class Exploration:
 
     async def _read_async(self) -> AsyncGenerator[Branch | tuple[int, str]]:
         """Do the same on an event loop; what may wait for the engine or the journal is on threads."""
-        import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
-
         self._begin_reading()
         arrivals = Stream()
         arriving = aiter(arrivals)
         left_behind = _LeftBehind(self.stop)
         try:
-            while replies := await asyncio.to_thread(self.begin, partial(_arrived, arrivals)):
+            while replies := await to_its_end(
+                partial(self.begin, partial(_arrived, arrivals)), cancelled=self.stop
+            ):
                 left = set(replies)
                 async for reply in arriving:
                     if reply in left:
@@ -382,13 +383,13 @@ class Exploration:
                             yield piece
                         if reply.has_ended:
                             left.remove(reply)
-                            yield await asyncio.to_thread(self._finished, reply)
+                            yield await to_its_end(partial(self._finished, reply))
                         if not left:
                             break
         finally:
             left_behind.is_seen_to = True
             self.stop()  # at once, whatever the thread waits for
-            await asyncio.shield(asyncio.to_thread(self.close))
+            await to_its_end(self.close)
 
     def _begin_reading(self) -> None:
         if self._begun:

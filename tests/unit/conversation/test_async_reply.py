@@ -186,6 +186,37 @@ def test_ending_a_reply_twice_waits_for_its_end(
     check(model)
 
 
+def test_a_task_that_is_cancelled_twice_while_its_reply_begins_waits_for_that(
+    chat: Session, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for the task can ask the session next."""
+    is_beginning, go_on, stream = threading.Event(), threading.Event(), Session.stream
+
+    def held(self: Session, text: str | None, *, params: SamplingParams | None = None) -> Any:
+        begun = stream(self, text, params=params)
+        is_beginning.set()
+        assert go_on.wait(60)
+        return begun
+
+    monkeypatch.setattr(Session, "stream", held)
+
+    async def twice() -> None:
+        task = asyncio.create_task(chat.respond_async("one", params=LONG))
+        await asyncio.to_thread(is_beginning.wait, 60)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.wait([task], timeout=0.1)
+            assert not task.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        monkeypatch.undo()
+        await chat.respond_async("two")
+
+    asyncio.run(twice())
+    check(model)
+
+
 async def _by_timeout(work: Coroutine[Any, Any, Any], seconds: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
