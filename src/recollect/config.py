@@ -50,6 +50,21 @@ def home() -> Path:
     return require_folder(folder)
 
 
+def data_folder(given: str | os.PathLike[str] | None) -> Path:
+    """
+    Return the data folder that a caller gives, or `home()` for None. It may not exist yet.
+
+    Raises:
+        ConfigError: It cannot be a folder.
+    """
+    if given is None:
+        return home()
+    try:
+        return require_folder(Path(given).expanduser())
+    except RuntimeError as cause:
+        raise ConfigError(f"home is {str(given)!r} ({cause}): name a folder.") from cause
+
+
 def require_folder(folder: Path) -> Path:
     """
     Return *folder* if it exists or could be created.

@@ -238,7 +238,10 @@ def missing(home: Path) -> ConfigError:
 
 
 def unlock(
-    home: Path | None = None, *, passphrase: str | None = None, ask: Ask | None = None
+    home: str | os.PathLike[str] | None = None,
+    *,
+    passphrase: str | None = None,
+    ask: Ask | None = None,
 ) -> Cipher | None:
     """
     Return the cipher of a data folder; None for one that is not encrypted.
@@ -253,7 +256,7 @@ def unlock(
             keyring does not have the key; or a library is not installed.
         StoreError: The key file cannot be read.
     """
-    home = home or config.home()
+    home = config.data_folder(home)
     key_file = _read(home / KEY_FILE)
     if key_file is None:
         if (

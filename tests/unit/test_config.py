@@ -1,12 +1,14 @@
 """Sizes, profiles and folders are read as people write them, or refused with a ConfigError."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import recollect
 from recollect import config
 from recollect.errors import ConfigError
 
@@ -91,3 +93,21 @@ def test_home_without_the_variable_is_the_platform_folder(monkeypatch: pytest.Mo
 
 def test_the_default_kv_memory_is_some_and_less_than_the_machine_has() -> None:
     assert 0 < config.default_kv_memory_bytes() < 2**50
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_data_folder_may_be_given_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[Path], str | Path]
+) -> None:
+    """As the standard library takes paths; `~` is the user's folder, as in RECOLLECT_HOME."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with recollect.load("reference", home=kind(tmp_path / "data")) as model:
+        assert model.session().respond("Hello").text
+    assert recollect.explain(home=kind(tmp_path / "data")) == []
+    assert recollect.unlock(kind(tmp_path / "data")) is None
+    assert config.data_folder(kind(Path("~/data"))) == tmp_path / "data"
+
+
+def test_a_data_folder_of_nobody_is_refused() -> None:
+    with pytest.raises(ConfigError, match="name a folder"):
+        config.data_folder("~nobody-of-this-name/data")

@@ -256,7 +256,7 @@ def test_a_keyring_that_has_gone_is_told(
 def test_without_the_libraries_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, source: encryption.Source
 ) -> None:
-    for name in [*sys.modules, "keyring"]:
+    for name in [*sys.modules, "cryptography", "keyring"]:
         if name.split(".")[0] in {"cryptography", "keyring"}:
             monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackageError, match=r"recollect-llm\[encrypt\]"):

@@ -7,6 +7,7 @@ that KV to a model's store. `journal.portable` reads and checks the files themse
 """
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -36,13 +37,13 @@ _log = logging.getLogger(__name__)
 
 
 def load(
-    model: str | Path = DEFAULT_MODEL,
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
     *,
     profile: Profile = config.DEFAULT_PROFILE,
     kv_memory: int | None = None,
     kv_disk: int | None = None,
     store: DiskStore | None = None,
-    home: Path | None = None,
+    home: str | os.PathLike[str] | None = None,
     cipher: Cipher | None = None,
     allow_native_code: str | None = None,
     long_context: bool = False,
@@ -107,7 +108,7 @@ def load(
     """
     config.parse_profile(profile)
     tool_formats.named(tool_format)
-    home = config.home() if home is None else config.require_folder(home)
+    home = config.data_folder(home)
     if cipher is None:
         cipher = encryption.unlock(home)
     else:

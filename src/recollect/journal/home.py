@@ -5,6 +5,7 @@ A checkpoint is a pin of the KV store, which holds the id of a node of the journ
 makes a plain folder an encrypted one; it knows which files hold what was said or typed. Models hold none.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -211,7 +212,7 @@ def _unknown(name: str) -> UnknownCheckpointError:
 
 
 def encrypt(
-    home: Path | None = None,
+    home: str | os.PathLike[str] | None = None,
     *,
     passphrase: str | None = None,
     keyring: bool = False,
@@ -238,7 +239,7 @@ def encrypt(
         StoreError: A file cannot be written. What was converted by then is encrypted; a second call goes
             on with the rest.
     """
-    home = home or config.home()
+    home = config.data_folder(home)
     cipher = None
     if encryption.is_encrypted(home):
         cipher = encryption.unlock(home, passphrase=passphrase, ask=ask)

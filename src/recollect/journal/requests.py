@@ -206,7 +206,7 @@ def explain(
     client: str | None = None,
     last: int | None = None,
     *,
-    home: Path | None = None,
+    home: str | os.PathLike[str] | None = None,
     cipher: Cipher | None = None,
 ) -> list[Explanation]:
     """
@@ -224,7 +224,7 @@ def explain(
     """
     if last is not None and last < 1:
         raise InvalidParameterError(f"last is {last}: give 1 or more.")
-    home = config.home() if home is None else config.require_folder(home)
+    home = config.data_folder(home)
     cipher = encryption.unlock(home) if cipher is None else cipher
     lines = [
         line
