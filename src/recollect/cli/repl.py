@@ -57,7 +57,7 @@ class TypedText:
     def __init__(self, hand_on: Callable[[str], None], *, pause_s: float = PAUSE_S) -> None:
         self._hand_on = hand_on
         self._pause_s = pause_s
-        self._timer: Timer | None = None
+        self._timers: list[Timer] = []  # those that may still hand on, the newest last
 
     def begin(self) -> None:
         """Hand on that nothing is typed yet."""
@@ -71,19 +71,20 @@ class TypedText:
 
     def stop(self) -> None:
         """Hand nothing more on; returns when nothing is being handed on any more."""
-        timer = self._timer
         self._cancel()
-        if timer is not None:
+        for timer in self._timers:
             timer.join()
 
     def _after(self, seconds: float, text: str) -> None:
-        self._timer = Timer(seconds, self._hand_on, [text])
-        self._timer.daemon = True
-        self._timer.start()
+        timer = Timer(seconds, self._hand_on, [text])
+        timer.daemon = True
+        self._timers = [one for one in self._timers if one.is_alive()]  # that had begun before
+        self._timers.append(timer)
+        timer.start()
 
     def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in self._timers:
+            timer.cancel()
 
 
 LEAVING_WORDS: Final = {"exit", "quit"}

@@ -115,14 +115,16 @@ class Watch:
         namespace: str,
         *,
         after: int | None,
-        wake: Callable[[], object],
+        wake: Callable[["Watch"], object],
         leave: Callable[["Watch"], object],
     ) -> None:
         self.namespace: Final = namespace
         self.wake: Final = wake
-        """Called on the feed's thread when there is something new; returns at once."""
+        """Called on the feed's thread when there is something new, once for all that share it, with one of
+        them; returns at once."""
         self.last_id = log.next_id - 1 if after is None else after
         """Of the last event that was taken."""
+        self.is_closed = False
         self._leave = leave
         self._log = log
 
@@ -137,4 +139,5 @@ class Watch:
 
     def close(self) -> None:
         """Watch no more. Calling it again does nothing."""
+        self.is_closed = True
         self._leave(self)

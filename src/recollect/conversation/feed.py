@@ -195,7 +195,7 @@ class Feed:
         namespace: str = "",
         *,
         after: int | None = None,
-        wake: Callable[[], object] = lambda: None,
+        wake: Callable[[Watch], object] = lambda _: None,
     ) -> Watch:
         """
         Begin to watch a namespace; waits for the journal to be readable where nobody watched before.
@@ -236,20 +236,20 @@ class Feed:
         Have a function called with each event of a namespace; return what ends that.
 
         It is called on the feed's thread. What it raises is logged, and harms nothing else; while it
-        works, other readers wait, and the engine does not.
+        works, other readers wait, and the engine does not. Once that is ended, at most the call under way
+        goes on.
         """
 
-        watches: list[Watch] = []
-
-        def call() -> None:
-            for event in (event for watch in watches for event in watch.take()):
+        def call(watch: Watch) -> None:
+            for event in watch.take():
+                if watch.is_closed:
+                    return
                 try:
                     hook(event)
                 except Exception:  # noqa: BLE001 - a bug of the caller's, which others need not suffer from
                     _log.exception("what was to be called with %s has failed", event.kind)
 
-        watches.append(self.watch(namespace, wake=call))
-        return watches[0].close
+        return self.watch(namespace, wake=call).close
 
     def tell(
         self,
@@ -326,8 +326,8 @@ class Feed:
                 sampled_s = monotonic()
             self._take_all(samples=is_due)
             if before != [log.next_id for log in list(self._logs.values())]:
-                for wake in dict.fromkeys(watch.wake for watch in list(self._watches)):
-                    wake()
+                for wake, watch in {one.wake: one for one in list(self._watches)}.items():
+                    wake(watch)
         with self._lock:
             self._end()
 
@@ -338,7 +338,7 @@ class Feed:
             for namespace, since_s in list(self._left_s.items()):
                 if now - since_s >= LINGER_S:
                     del self._left_s[namespace], self._logs[namespace]
-                    for name in self._engines:
+                    for name in list(self._engines):  # another may be attached meanwhile
                         self._seen.pop((name, namespace), None)
             if self._logs:
                 return False
@@ -414,7 +414,10 @@ class Feed:
                     log.forget()
             is_all = False
             while not is_all:
-                new = journal.changes(self._last_change, list(self._logs))
+                watched = list(self._logs)
+                new = journal.changes(self._last_change, watched)
+                if watched != list(self._logs):
+                    continue  # a namespace that is watched since may have changed before they were read
                 self._last_change, is_all = new.last, new.is_all
                 found += new.changes
                 if not new.is_whole:

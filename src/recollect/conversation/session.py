@@ -210,6 +210,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         self.namespace: Final = namespace
         """KV is shared within it."""
         self._idle = IdleWork(model.engine)
+        self._beginning = threading.Lock()
         self._pinned: list[CachedBlock] = []
         options = self._template_options = dict(template_options or {})
         self._prompting = Prompting(model, namespace, options)
@@ -359,11 +360,12 @@ class Session(Cursor, Explorer, AsyncSpeaker):
 
     def prewarm_later(self, text: str = "") -> None:
         """Have `prewarm` done when the engine is idle; the next use of the session cancels it."""
-        if self._busy.acquire(blocking=False):
-            try:
-                self._start_idle_work(text)
-            finally:
-                self._busy.release()
+        with self._beginning:
+            if self._busy.acquire(blocking=False):
+                try:
+                    self._start_idle_work(text)
+                finally:
+                    self._busy.release()
 
     def typed_ids(self, node: Node | None = None) -> list[int]:
         """Return the token ids that precede the next message after a node, or after the tip."""
@@ -452,7 +454,8 @@ class Session(Cursor, Explorer, AsyncSpeaker):
     def _begin(self) -> None:
         if self._ending is not None:
             self._ending.join()
-        super()._begin()
+        with self._beginning:  # a text that is being encoded on another thread is no reply
+            super()._begin()
         try:
             self._idle.stop()
         except BaseException:  # an interrupt while waiting

@@ -50,7 +50,7 @@ class Watchers:
         """Wake it no more."""
         self._streams.discard(stream)
 
-    def wake(self) -> None:
+    def wake(self, _: Watch) -> None:
         """Have each stream look what is new."""
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop is closed: nobody watches any more

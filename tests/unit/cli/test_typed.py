@@ -73,6 +73,29 @@ def test_stopping_waits_for_what_is_being_handed_on() -> None:
     assert not stopping.is_alive()
 
 
+def test_stopping_waits_for_what_was_being_handed_on_when_more_was_typed() -> None:
+    """Else the line is said while the session still takes in what stood there before."""
+    entered, leave, ended = threading.Event(), threading.Event(), list[str]()
+
+    def slow(text: str) -> None:
+        entered.set()
+        assert leave.wait(TIMEOUT_S)
+        ended.append(text)
+
+    typed = TypedText(slow, pause_s=LONG_S)
+    typed.begin()
+    assert entered.wait(TIMEOUT_S)
+    for text in ("what is the capital", "what is the capital of"):
+        typed.changed(text)
+    stopping = threading.Thread(target=typed.stop)
+    stopping.start()
+    stopping.join(0.2)
+    assert stopping.is_alive()
+    leave.set()
+    stopping.join(TIMEOUT_S)
+    assert ended == [""]
+
+
 def test_at_the_beginning_nothing_is_typed() -> None:
     receiver = Receiver()
     typed = TypedText(receiver)

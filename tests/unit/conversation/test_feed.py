@@ -3,17 +3,21 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
 from recollect.conversation import event_log, feed
-from recollect.conversation.event_log import LOST, Event, EventLog
+from recollect.conversation.event_log import LOST, Event, EventLog, Watch
 from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model
 from recollect.encryption import Cipher
+from recollect.engine.engine import Engine
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import Entry, NewNode
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -59,13 +63,13 @@ def test_a_hook_is_called_with_what_happens_on_the_feeds_thread(
     assert completed.data["item"] == created[1].data["item"]
     assert [event.data["content"] for event in created] == ["Hello", reply.said]
     assert heard.threads == {"recollect-events"}
-    stop()
-    heard.events.clear()
     others = Heard()
     model.on_event(others)
+    stop()
     session.respond("And then?")
     others.until("reply.completed")
-    assert heard.events == []
+    assert "And then?" not in [event.data.get("content") for event in heard.events]
+    assert len(heard.until("reply.completed")) == 1
 
 
 def test_what_is_not_saved_is_told_without_a_conversation(make_model: Callable[..., Model]) -> None:
@@ -103,9 +107,6 @@ def test_a_reply_that_is_left_is_told_to_be_over(make_model: Callable[..., Model
 
 
 def test_an_encrypted_home_tells_names_and_texts_to_those_with_the_key(tmp_path: Path) -> None:
-    from recollect.journal.journal import JOURNAL_NAME, Journal
-    from recollect.journal.records import Entry, NewNode
-
     cipher, heard = Cipher(bytes(32)), Heard()
     watched = Feed(tmp_path, cipher)
     with Journal.open(tmp_path / JOURNAL_NAME, cipher=cipher) as journal:
@@ -174,20 +175,120 @@ def test_where_more_is_told_than_can_be_taken_readers_are_told_so(
     watched.close()
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_happens_while_a_hook_is_added_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """The feed's thread may have told it before whoever adds the hook goes on."""
+    watched, heard, earlier, watch = Feed(tmp_path, None), Heard(), Heard(), Feed.watch
+    for _ in range(others):
+        watched.on_event(earlier)
+
+    def slow(self: Feed, *arguments: Any, **options: Any) -> Watch:
+        found, next_id = watch(self, *arguments, **options), event_id(self)
+        self.tell("", "job.started", {"job": 1})
+        while event_id(self) == next_id:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        return found
+
+    def event_id(feed: Feed) -> int:
+        reader = watch(feed)
+        reader.close()
+        return reader.last_id
+
+    monkeypatch.setattr(Feed, "watch", slow)
+    watched.on_event(heard)
+    heard.until("job.started")
+    watched.close()
+
+
+def test_a_hook_that_is_ended_while_it_is_called_is_called_no_more(tmp_path: Path) -> None:
+    watched, heard, stops = Feed(tmp_path, None), Heard(), list[Callable[[], None]]()
+
+    def once(event: Event) -> None:
+        stops[0]()
+        heard(event)
+
+    stops.append(watched.on_event(once))
+    last = Heard()
+    watched.on_event(last)
+    for number in range(5):
+        watched.tell("", "job.started", {"job": number})
+    last.until("job.started", 5)
+    assert len(heard.events) == 1
+    watched.close()
+
+
+def test_what_happens_in_a_namespace_while_another_is_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change that comes after its first reader is told to it, whichever changes are being read."""
+    watched, late, changes = Feed(tmp_path, None), Heard(), Journal.changes
+
+    def begin(namespace: str) -> None:
+        entry = Entry(nodes=[NewNode(role="user", content="Hello")], tip="main")
+        journal.begin(None, entry, model="m", fingerprint="f", namespace=namespace)
+
+    def slow(self: Journal, since: int, namespaces: Collection[str]) -> Any:
+        if not is_late:
+            is_late.append(True)
+            watched.on_event(late, namespace="late")
+            begin("late")
+        return changes(self, since, namespaces)
+
+    with Journal.open(tmp_path / JOURNAL_NAME) as journal:
+        watched.on_event(Heard())
+        is_late = list[bool]()
+        monkeypatch.setattr(Journal, "changes", slow)
+        begin("")
+        assert [one.data["content"] for one in late.until("message.created")] == ["Hello"]
+    watched.close()
+
+
+def test_an_engine_that_comes_while_a_namespace_is_forgotten_harms_nothing(
+    make_engine: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "LINGER_S", 0.0)
+    watched, heard, engines = Feed(tmp_path, None), Heard(), [make_engine() for _ in range(2)]
+
+    class Name(str):
+        """Another engine comes in the moment in which the feed's thread looks one up."""
+
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            if left and len(engines) == 2:
+                watched.attach("another", engines.pop())
+            return super().__hash__()
+
+    left = list[bool]()
+    watched.attach(Name("one"), engines[0])
+    watched.on_event(heard)
+    leave = watched.on_event(Heard(), namespace="other")
+    left.append(True)
+    leave()
+    while watched.is_watched("other"):
+        time.sleep(0.001)
+    watched.tell("", "job.started", {"job": 1})
+    heard.until("job.started")
+    watched.close()
+
+
 def test_nothing_is_kept_where_nobody_watches(
     make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "LINGER_S", 0.0)
     model, heard = make_model(), Heard()
+    before = set(threading.enumerate())
     stop = model.on_event(heard)
     assert model.feed.is_watched("")
     assert not model.feed.is_watched("another")
+    (thread,) = {one for one in threading.enumerate() if one.name == "recollect-events"} - before
     stop()
-    deadline = time.monotonic() + 60
-    while model.feed.is_watched(""):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert "recollect-events" not in {thread.name for thread in threading.enumerate()}
+    thread.join(60)
+    assert not thread.is_alive()
+    assert not model.feed.is_watched("")
     model.session(params=SHORT).respond("Hello")
     assert heard.events == []
 

@@ -1,7 +1,13 @@
 """What is done for a session in the background, on the reference model."""
 
+import threading
+from typing import Any
+
+import pytest
+
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
+from recollect.engine.reply import IdleWork
 from recollect.engine.scheduler import MOST_SPARE, Task
 from recollect.types import SamplingParams, Usage
 
@@ -107,6 +113,33 @@ def test_a_message_that_is_sent_takes_over_from_what_was_typed(model: Model) -> 
     session.prewarm_later(text)
     usage = session.respond(text, params=SHORT).usage
     assert usage.reused_tokens + usage.computed_tokens == usage.prompt_tokens
+    model.engine.check()
+
+
+def test_a_message_waits_until_what_was_typed_is_taken_in(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another thread, as a terminal does it: nobody is told that a reply is being generated."""
+    session, usages = model.session(), list[Usage]()
+    entered, leave, start = threading.Event(), threading.Event(), IdleWork.start
+
+    def slow(self: IdleWork, sequence: Any) -> None:
+        entered.set()
+        assert leave.wait(60)
+        start(self, sequence)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(IdleWork, "start", slow)
+        typing = threading.Thread(target=session.prewarm_later, args=["what is the capital of"])
+        typing.start()
+        assert entered.wait(60)
+        saying = threading.Thread(target=lambda: usages.append(usage_of(session, "one")))
+        saying.start()
+        saying.join(0.2)
+        leave.set()
+        typing.join(60)
+        saying.join(60)
+    assert len(usages) == 1
     model.engine.check()
 
 

@@ -36,6 +36,7 @@ Fault = Literal[
     "silent after 3",
     "slow",
 ]
+SILENCE_S: Final = 60
 BLOCK: Final = 16
 ENDS_EVERY: Final = 97
 _TOKENIZER: Final = ByteTokenizer()
@@ -101,6 +102,8 @@ class Stub:
     headers: list[Mapping[str, str]] = field(default_factory=list)
     aborted: threading.Event = field(default_factory=threading.Event)
     """Whether a request was ended by the client."""
+    stopped: threading.Event = field(default_factory=threading.Event)
+    """Whether it serves no more, which ends its silence."""
     computed: int = 0
     """Tokens of prompts that were not reused, ever."""
     known: dict[str, set[int]] = field(default_factory=dict)
@@ -116,6 +119,7 @@ class Stub:
     def start(self, port: int = 0, *, tls: ssl.SSLContext | None = None) -> str:
         """Begin to serve, and return the address."""
         stub = self
+        self.stopped.clear()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -142,6 +146,7 @@ class Stub:
 
     def stop(self) -> None:
         """End."""
+        self.stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -189,7 +194,7 @@ class Stub:
             to.close_connection = True
             return
         if fault == "silent":
-            time.sleep(3)
+            self.stopped.wait(SILENCE_S)
             to.close_connection = True
             return
         to.send_response(200)
@@ -204,7 +209,7 @@ class Stub:
                     if fault == "error after 3":
                         _send(to, {"error": {"message": "out of memory"}})
                     elif fault == "silent after 3":
-                        time.sleep(3)
+                        self.stopped.wait(SILENCE_S)
                     to.close_connection = True
                     return
                 if fault == "slow":

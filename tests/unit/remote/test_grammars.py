@@ -141,5 +141,5 @@ def test_a_generator_that_is_dropped_runs_no_more(
     generator.generate_next_token()
     assert [one.running for one in model.replicas()] == [1]
     del generator
-    assert stub.aborted.wait(2)
+    assert stub.aborted.wait(60), "to its end it would take a hundred seconds"
     assert [one.running for one in model.replicas()] == [0]
