@@ -131,10 +131,14 @@ class PrefixCache:
         return Match(blocks, tokens)
 
     def _part(self, node: CachedBlock, tokens: tuple[int, ...]) -> tuple[CachedBlock | None, int]:
-        """Return the block of which a part goes on with the most of these tokens, and how many."""
+        """
+        Return the block after *node* that goes on with the most of these tokens, and how many.
+
+        That may be a part of a block where blocks can be cut, and else all of one, full or not.
+        """
         if self.parts == "cut":
             return node.children.nearest(tokens)
-        whole = node.children.parts_of(tokens)[-1:] if self.parts == "whole" else []
+        whole = node.children.parts_of(tokens)[-1:]
         return (whole[0], len(whole[0].token_ids)) if whole else (None, 0)
 
     def insert(
@@ -154,9 +158,7 @@ class PrefixCache:
         """
         self._uses += 1
         tokens = tuple(token_ids)
-        known, length = after.children.nearest(tokens)
-        if self.parts == "whole":
-            known = after.children.get(tokens)
+        known, length = self._part(after, tokens)
         if known is not None and length == len(tokens):
             known.last_used = self._uses
             return known
