@@ -248,12 +248,6 @@ class EvictionOrder:
         self.staying: Final = Counter[int]()
         """By block its nodes that cannot be evicted, without those blocks that have none."""
 
-    def remove(self, cached: CachedBlock) -> None:
-        """Take note of a node that is gone from the tree; nothing was below it."""
-        self.hold(cached, held=False)
-        if cached.parent is not None:
-            self._offer(cached.parent)
-
     def hold(self, cached: CachedBlock, *, held: bool) -> None:
         """
         Take note of whether a node is held.
@@ -268,7 +262,7 @@ class EvictionOrder:
             self.staying[node.block] += 1 if node.stays else -1
             if not self.staying[node.block]:
                 del self.staying[node.block]
-            self._offer(node)
+            self.offer(node)
             parent = node.parent
             if parent is None or parent.parent is None:
                 return  # a root has no block
@@ -276,18 +270,8 @@ class EvictionOrder:
             parent.staying_children += 1 if node.stays else -1
             node = parent
 
-    def pop(self) -> CachedBlock | None:
-        """Return the node to evict next, which the caller removes; None where all stay."""
-        while self._heap:
-            last_used, _, cached = heapq.heappop(self._heap)
-            if cached.can_go:
-                if cached.last_used == last_used:
-                    return cached
-                self._offer(cached)  # it was used since
-        return None
-
-    def _offer(self, cached: CachedBlock) -> None:
-        """Put a node into the heap, where it can be evicted; it may be there already."""
+    def offer(self, cached: CachedBlock) -> None:
+        """Take note that a node may be one that can be evicted now; it may have been offered before."""
         if not cached.can_go:
             return
         if len(self._heap) > self._most_entries:
@@ -296,3 +280,13 @@ class EvictionOrder:
             heapq.heapify(self._heap)
             self._most_entries = 2 * len(waiting) + _FEW
         heapq.heappush(self._heap, (cached.last_used, next(self._numbers), cached))
+
+    def pop(self) -> CachedBlock | None:
+        """Return the node to evict next, which the caller removes; None where all stay."""
+        while self._heap:
+            last_used, _, cached = heapq.heappop(self._heap)
+            if cached.can_go:
+                if cached.last_used == last_used:
+                    return cached
+                self.offer(cached)  # it was used since
+        return None

@@ -177,10 +177,6 @@ class PrefixCache:
         self.settle()
         freed = 0
         while freed < count and (cached := self._order.pop()) is not None:
-            parent = cached.parent
-            assert parent is not None, "a root is never evicted"
-            # A prefix was in use when its tail was.
-            parent.last_used = max(parent.last_used, cached.last_used)
             self._remove(cached)
             self.accounts.evicted(cached)
             freed += cached.block not in self._nodes
@@ -270,12 +266,16 @@ class PrefixCache:
         return cached
 
     def _remove(self, cached: CachedBlock) -> None:
-        assert cached.parent is not None, "a root is never removed"
+        """Take a node out of the tree. What it followed was in use when it was."""
+        parent = cached.parent
+        assert parent is not None, "a root is never removed"
         assert not cached.children, "a block that others follow is never removed"
-        del cached.parent.children[cached.token_ids]
+        del parent.children[cached.token_ids]
+        parent.last_used = max(parent.last_used, cached.last_used)
         self.accounts.removed(cached)
         self._pool.release([cached.block])
         self._nodes[cached.block].remove(cached)
         if not self._nodes[cached.block]:
             del self._nodes[cached.block]
-        self._order.remove(cached)
+        self._order.hold(cached, held=False)
+        self._order.offer(parent)
