@@ -307,15 +307,14 @@ class Room:
         Returns:
             What to feed, which may be nothing, and blocks to copy before it, `(source, target)` each.
         """
-        steps: list[Callable[[Chunks], bool]] = [
-            self._evict,
-            self._guess_nothing,
-            self._take_tails_back,
-            self._park_waiting,
-            self._preempt_newest,
-        ]
         chunks = self._plan()
-        while self._short(chunks) > 0 and any(step(chunks) for step in steps):
+        while (short := self._short(chunks)) > 0 and (
+            self._memory.cache.evict(short) > 0
+            or self._guess_nothing(chunks)
+            or any(task.sequence.take_back(fed.start) for task, fed in chunks.items())
+            or self._park_waiting()
+            or self._preempt_newest()
+        ):
             chunks = self._plan()
         copies: list[tuple[int, int]] = []
         for task, fed in chunks.items():
@@ -339,18 +338,12 @@ class Room:
         )
         return needed - self._memory.pool.free_blocks
 
-    def _evict(self, chunks: Chunks) -> bool:
-        return self._memory.cache.evict(self._short(chunks)) > 0
-
     def _guess_nothing(self, chunks: Chunks) -> bool:
         for task in chunks:
             task.sequence.draft = ()
         return any(fed.drafted for fed in chunks.values())
 
-    def _take_tails_back(self, chunks: Chunks) -> bool:
-        return any(task.sequence.take_back(fed.start) for task, fed in chunks.items())
-
-    def _park_waiting(self, _: Chunks | None = None, *, but: Task | None = None) -> bool:
+    def _park_waiting(self, *, but: Task | None = None) -> bool:
         """Take the blocks of tasks that wait, but for one of them; return whether any had some."""
         waiting = self._scheduler.waiting
         holding = [one for one in waiting if one.sequence.computed and one is not but]
@@ -358,7 +351,7 @@ class Room:
             self._park(one)
         return bool(holding)
 
-    def _preempt_newest(self, _: Chunks) -> bool:
+    def _preempt_newest(self) -> bool:
         if len(self._scheduler.running) == 1:
             return False
         self._park(self._scheduler.preempt_newest())
