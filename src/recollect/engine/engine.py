@@ -85,8 +85,8 @@ class Engine:
         """Tokens fed so far, guesses among them, counted at the forward pass."""
         self.forward_passes = 0
         """Forward passes so far, without those that failed."""
-        self._scheduler = Scheduler(info.block_size, info.pace)
-        self._room = Room(self._scheduler, self.memory, has_disk=self.tier is not None)
+        self._scheduler = Scheduler(info.block_size, info.pace, has_disk=self.tier is not None)
+        self._room = Room(self._scheduler, self.memory)
         self._work = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
         self._warm = threading.Event()
@@ -159,7 +159,6 @@ class Engine:
                 raise MisuseError("a sequence is computed by no engine but the one that made it")
             if any(other.sequence is task.sequence for other in self._scheduler.tasks()):
                 raise MisuseError("this sequence is being worked on already")
-            task.restoring = self.tier is not None
             self._scheduler.add(task)
             self._wake()
 

@@ -147,8 +147,9 @@ class Scheduler:
         5. The invariant of `_Turns`.
     """
 
-    def __init__(self, block_size: int, pace: Pace) -> None:
+    def __init__(self, block_size: int, pace: Pace, *, has_disk: bool = False) -> None:
         self._block_size = block_size
+        self._has_disk = has_disk
         self.pace: Final = pace
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
@@ -201,6 +202,7 @@ class Scheduler:
             if not self.running or (has_place and fits(task)):
                 self.waiting.remove(task)
                 self.running.append(task)
+                task.restoring = self._has_disk  # it may have been parked while it waited
             elif self._has_a_claim(task):
                 self.preempt_newest()
             else:
@@ -280,11 +282,9 @@ class Room:
     Owns no state; used by the engine's thread, under the lock of `Memory`.
     """
 
-    def __init__(self, scheduler: Scheduler, memory: Memory, *, has_disk: bool) -> None:
+    def __init__(self, scheduler: Scheduler, memory: Memory) -> None:
         self._scheduler = scheduler
         self._memory = memory
-        self._has_disk = has_disk
-        """Whether a parked sequence may find its KV on disk again."""
 
     def fits(self, task: Task) -> bool:
         """
@@ -348,18 +348,14 @@ class Room:
         waiting = self._scheduler.waiting
         holding = [one for one in waiting if one.sequence.computed and one is not but]
         for one in holding:
-            self._park(one)
+            one.sequence.park()
         return bool(holding)
 
     def _preempt_newest(self) -> bool:
         if len(self._scheduler.running) == 1:
             return False
-        self._park(self._scheduler.preempt_newest())
+        self._scheduler.preempt_newest().sequence.park()
         return True
-
-    def _park(self, task: Task) -> None:
-        task.sequence.park()
-        task.restoring = self._has_disk
 
     def _has_room(self, task: Task) -> bool:
         sequences = [one.sequence for one in (*self._scheduler.running, task)]
