@@ -240,12 +240,10 @@ class Scheduler:
 
     def feed(self, chunks: Chunks) -> None:
         """Take note that a pass is run: the namespaces of its prompts come later in the next one."""
-        prompts = [(task, fed) for task, fed in chunks.items() if fed.tokens > 1]
-        if not prompts:
-            return
-        alone = len(self._running_by_namespace()) == 1
-        for task, fed in prompts:
-            self._turns.feed(task.namespace, fed.tokens, alone=alone)
+        for task, fed in chunks.items():
+            if fed.tokens > 1:
+                alone = len(self._running_by_namespace()) == 1
+                self._turns.feed(task.namespace, fed.tokens, alone=alone)
 
     def _cancel_spare(self) -> None:
         spare = [task for task in self.waiting if task.spare and not task.cancelled]
