@@ -259,15 +259,13 @@ class Sequence:
 
         The cache still finds that KV, until it evicts it because others need the room.
         """
-        self._require_open()
         with self.memory.lock:
             self.leave_tail()
             self.truncate(keep)
 
     def release(self) -> None:
         """Give the blocks back; the sequence cannot be used afterwards. May be called again."""
-        if not self.closed:
-            self.park()
+        self.park()
         self._id.release()
         self.logits = None
         self._finalizer()
