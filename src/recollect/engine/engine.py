@@ -121,12 +121,9 @@ class Engine:
         self, token_ids: Tokens[int], namespace: str | None = "", *, on_disk: bool = False
     ) -> int:
         """Return how many leading tokens have KV in memory, or there or *on_disk*; counts as a use."""
-        if namespace is None:
-            return 0
-        with self.lock:
-            match, root = self.memory.match(token_ids, namespace), self.cache.root(namespace)
-        if on_disk and self.tier is not None:
-            return self.tier.stored_tokens(match, root, token_ids)
+        match = self.memory.match(token_ids, namespace)
+        if on_disk and self.tier is not None and namespace is not None:
+            return self.tier.stored_tokens(match, namespace, token_ids)
         return match.tokens
 
     def forget(self) -> int:

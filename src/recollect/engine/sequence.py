@@ -94,8 +94,14 @@ class Memory:
         self.sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         """Those that are alive; each adds itself."""
 
-    def match(self, token_ids: Tokens[int], namespace: str) -> Match:
-        """Return what the cache has of a text from its first token on. Counts as a use of it."""
+    def match(self, token_ids: Tokens[int], namespace: str | None) -> Match:
+        """
+        Return what the cache has of a text from its first token on. Counts as a use of it.
+
+        Where the namespace is None, nothing is shared and nothing is found.
+        """
+        if namespace is None:
+            return Match([], 0)
         with self.lock:
             return self.cache.match(self.cache.root(namespace), token_ids)
 
@@ -286,9 +292,9 @@ class Sequence:
 
     def is_warm(self) -> bool:
         """Return whether all of the history has KV, here or in the cache."""
-        if self.computed == len(self) or self.namespace is None:
-            return self.computed == len(self)
-        return len(self) == self.memory.match(self._token_ids, self.namespace).tokens
+        if self.computed == len(self):
+            return True
+        return self.memory.match(self._token_ids, self.namespace).tokens == len(self)
 
     def computed_before(self) -> int:
         """Return how many leading tokens had KV once in the namespace, as far as that is remembered."""

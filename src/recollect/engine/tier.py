@@ -423,19 +423,20 @@ class DiskTier:
         """Copy a block's bytes from memory; whoever calls holds it there."""
         self._runtime.read_block(cached.block, into)
 
-    def stored_tokens(self, match: Match, root: CachedBlock, token_ids: Tokens[int]) -> int:
+    def stored_tokens(self, match: Match, namespace: str, token_ids: Tokens[int]) -> int:
         """
         Return how many leading tokens have KV in memory or on disk.
 
         Args:
             match: What memory has of them.
-            root: Of their namespace.
+            namespace: Whose they are.
             token_ids: Shape `(n,)`.
         """
         size = self._pool.block_size
         full = match.tokens // size
         start = full * size
-        after = match.blocks[full - 1] if full else root
+        with self._lock:
+            after = match.blocks[full - 1] if full else self._cache.root(namespace)
         try:
             found = self.store.find(
                 after.key,
