@@ -189,11 +189,8 @@ class Engine:
         """Cancel tasks, those that were never submitted too, and wait until they have ended."""
         for task in tasks:
             task.cancel()
-        with self.lock:
-            known = set(self._scheduler.tasks())
         for task in tasks:
-            if task in known:
-                task.join()
+            task.join()
 
     def check(self) -> None:
         """

@@ -18,7 +18,7 @@ from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.errors import OutOfBlocksError
 from recollect.runtime.base import Pace
 
-TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
+TaskState = Literal["new", "submitted", "done", "cancelled", "failed"]
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class Task:
     is new; returns whether the first result is among it."""
     on_end: Callable[[], None] = lambda: None
     """Called when it is over, however it ended, before those who wait are told."""
-    state: TaskState = field(default="waiting", init=False)
+    state: TaskState = field(default="new", init=False)
     error: Exception | None = field(default=None, init=False)
     """What it failed with."""
     cancelled: bool = field(default=False, init=False)
@@ -79,8 +79,12 @@ class Task:
             raise self.error
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end, whatever it is, or for some seconds; return whether it has come."""
-        return self._ended.wait(timeout_s)
+        """
+        Wait for the end, whatever it is, or for some seconds; return whether it has come.
+
+        A task that was never submitted has nothing to wait for.
+        """
+        return self.state == "new" or self._ended.wait(timeout_s)
 
     def end(self, state: TaskState, error: Exception | None = None) -> None:
         """Give the sequence back to the caller. For the scheduler."""
@@ -159,6 +163,7 @@ class Scheduler:
 
     def add(self, task: Task) -> None:
         """Let a task wait for its turn; where there are too many spare ones, cancel the oldest."""
+        task.state = "submitted"
         self.waiting.append(task)
         self._cancel_spare()
 
