@@ -90,7 +90,7 @@ class Engine:
         self._work = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
         self._warm = threading.Event()
-        self._passing = False
+        self._round = threading.Lock()  # held while a round is under way, taken before `lock`
         self._closed = False
         self._bug: BaseException | None = None
         # A thread in a forward pass when the interpreter ends would abort the process, and whoever
@@ -199,9 +199,7 @@ class Engine:
         Raises:
             AssertionError: One does not hold.
         """
-        with self._work:
-            while self._passing:
-                self._work.wait()
+        with self._round, self.lock:
             check_memory(self.memory, [] if self.tier is None else self.tier.leased_blocks)
             check_scheduler(self._scheduler)
 
@@ -257,12 +255,11 @@ class Engine:
                 pass  # in a function of its own, so that nothing is kept alive while there is no work
         except BaseException as bug:
             with self._work:
-                self._bug, self._passing = bug, False
+                self._bug = bug
                 self._warm.set()
                 error = RuntimeFailure(f"The engine met a bug: {bug!r}")
                 for task in self._scheduler.tasks():
                     self._scheduler.end(task, "failed", error)
-                self._work.notify_all()
             raise
 
     def _work_once(self) -> bool:
@@ -277,15 +274,18 @@ class Engine:
                     return False
             self._tell_tier(works=True)
             self._scheduler.admit(self._room.fits)
-            self._passing = True
-        if self.tier is not None:
-            self.tier.restore_for(self._scheduler.running)
-        with self._work:
-            chunks, copies = self._room.prepare()
-            tasks = self._scheduler.tasks()
-        if [task for task in tasks if task.hand_over()]:
-            sleep(self.info.pace.first_token_pause_s)
-        self._pass(chunks, copies)
+        with self._round:
+            if self.tier is not None:
+                self.tier.restore_for(self._scheduler.running)
+            with self._work:
+                chunks, copies = self._room.prepare()
+                tasks = self._scheduler.tasks()
+            if [task for task in tasks if task.hand_over()]:
+                sleep(self.info.pace.first_token_pause_s)
+            self._pass(chunks, copies)
+        for task in list(self._scheduler.running):
+            if task.sequence.logits is not None:
+                self._deliver(task)
         return True
 
     def _tell_tier(self, *, works: bool) -> None:
@@ -300,7 +300,7 @@ class Engine:
         return bool(self._scheduler.tasks())
 
     def _pass(self, chunks: Chunks, copies: list[tuple[int, int]]) -> None:
-        """Run a forward pass, and hand the logits to the tasks that now have them."""
+        """Run a forward pass, and let the sequences take note of what it computed."""
         results = self._feed(chunks, copies)
         with self._work:
             for task, fed in chunks.items():
@@ -313,11 +313,6 @@ class Engine:
                     self._scheduler.end(task, "failed", result)
                 else:
                     task.sequence.written(fed, result)
-            self._passing = False
-            self._work.notify_all()
-        for task in list(self._scheduler.running):
-            if task.sequence.logits is not None:
-                self._deliver(task)
 
     def _feed(self, chunks: Chunks, copies: list[tuple[int, int]]) -> dict[Task, Result]:
         """
