@@ -268,11 +268,11 @@ class Engine:
             while not self._end_cancelled():
                 if self._closed:
                     return False
-                self._tell_tier(works=False)
+                if self.tier is not None:
+                    self.tier.writer.engine_works(False)
                 if not self._work.wait(LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
-            self._tell_tier(works=True)
             self._scheduler.admit(self._room.fits)
         with self._round:
             if self.tier is not None:
@@ -287,10 +287,6 @@ class Engine:
             if task.sequence.logits is not None:
                 self._deliver(task)
         return True
-
-    def _tell_tier(self, *, works: bool) -> None:
-        if self.tier is not None:
-            self.tier.writer.engine_works(works)
 
     def _end_cancelled(self) -> bool:
         """End the tasks that were cancelled; return whether there are others."""

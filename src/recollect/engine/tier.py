@@ -223,11 +223,13 @@ class DiskTier:
         """
         Bring what the disk has of new tasks' histories, a little at a time where others wait.
 
-        What comes is in the prefix cache then, and taken over by the task's sequence.
+        What comes is in the prefix cache then, and taken over by the task's sequence. The engine calls
+        this in every round, so the writer is told here that it works.
 
         Args:
             tasks: Those that run; they belong to the calling thread, which is the engine's.
         """
+        self.writer.engine_works(True)
         most_s = MOST_RESTORE_S if len(tasks) > 1 else None
         for task in tasks:
             if task.restoring and task.sequence.logits is not None:
