@@ -12,7 +12,7 @@ a guess is kept where the same token is chosen, and nothing else depends on it. 
 from array import array
 from bisect import bisect
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from math import inf
@@ -360,6 +360,31 @@ class Drafts:
     def learn(self, namespace: str, texts: Iterable[Tokens[int]]) -> None:
         """Take texts that replies of a namespace may repeat, such as those of other branches."""
         self._learned.extend((namespace, ids) for ids in texts)
+
+    def following(
+        self,
+        on_logits: Callable[[], bool],
+        sequence: Sequence,
+        forced: Callable[[], Tokens[int]],
+    ) -> Callable[[], bool]:
+        """
+        Return a task's callback that does what another does, and has the reply followed.
+
+        Args:
+            on_logits: Appends one token; returns whether the reply goes on.
+            sequence: What it appends to.
+            forced: Returns what is known to come next, if anything is.
+        """
+
+        def choosing() -> bool:
+            goes_on = on_logits()
+            if not goes_on:
+                self.follow(sequence, None)
+            elif sequence.logits is None:  # all that was guessed is judged
+                self.follow(sequence, forced())
+            return goes_on
+
+        return choosing
 
     def follow(self, sequence: Sequence, forced: Tokens[int] | None) -> None:
         """

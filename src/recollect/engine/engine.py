@@ -364,8 +364,6 @@ class Engine:
             goes_on = task.on_logits()
             while goes_on and task.sequence.logits is not None and not task.cancelled:
                 goes_on = task.on_logits()  # the token that it chose was guessed
-            if self.drafts is not None and task.forced is not None:
-                self.drafts.follow(task.sequence, task.forced() if goes_on else None)
             if goes_on:
                 return
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the task

@@ -10,7 +10,6 @@ they decide. All of it happens on the engine's thread, but for `Scheduler.add`.
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from collections.abc import Sequence as Tokens
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Final, Literal
 
@@ -35,8 +34,6 @@ class Task:
     on_logits: Callable[[], bool]
     """Called whenever the logits after the sequence are known. May append to it; returns whether to go on."""
     _: KW_ONLY
-    forced: Callable[[], Tokens[int]] | None = None
-    """Returns what is known to come next, if anything is; None: nothing that may come next is guessed."""
     idle: bool = False
     """Whether it runs only while there is nothing else to do."""
     spare: bool = False
