@@ -13,7 +13,6 @@ from collections.abc import Sequence as Tokens
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from time import perf_counter, sleep
 from typing import Final
 
@@ -27,13 +26,7 @@ from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Identity, Names
-from recollect.runtime.base import Logits, PagedRuntime, allocate
-
-Result = Logits | Exception | None
-"""
-What a pass gave a task: the logits after its history and after each guess behind that, `(n, vocab_size)`; why
-it failed; or None where more is to be fed.
-"""
+from recollect.runtime.base import PagedRuntime, PassResult, Row, allocate
 
 LINGER_S: Final = 2.0
 """The thread ends after so long without work; the next task starts another."""
@@ -296,66 +289,64 @@ class Engine:
         return bool(self._scheduler.tasks())
 
     def _pass(self, chunks: Chunks, copies: list[tuple[int, int]]) -> None:
-        """Run a forward pass, and let the sequences take note of what it computed."""
-        results = self._feed(chunks, copies)
-        with self._work:
-            for task, fed in chunks.items():
-                task.fed.append(fed)
-                result = results[task]
-                if isinstance(result, Exception):
-                    # The slots from fed.start on are undefined now, and those before it in the same
-                    # block may be: its copy may not have happened, or a scale has changed.
-                    task.sequence.truncate(fed.start // self.block_size * self.block_size)
-                    self._scheduler.end(task, "failed", result)
-                else:
-                    task.sequence.written(fed, result)
-
-    def _feed(self, chunks: Chunks, copies: list[tuple[int, int]]) -> dict[Task, Result]:
         """
-        Copy blocks, then feed the chunks in one pass; where that fails, feed each by itself.
+        Run a forward pass, and let the sequences take note of it; where it fails, feed each by itself.
 
         Args:
             chunks: What to feed. Where a chunk had to begin earlier, its entry is replaced.
             copies: Blocks to copy first, `(source, target)` each.
         """
-        copied = not copies
-        try:
-            if not copied:
-                self.runtime.copy_blocks(copies)
-                copied = True
-            return self._forward(chunks)
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
-            if not copied or len(chunks) == 1:
-                return dict.fromkeys(chunks, error)
-        results: dict[Task, Result] = {}
-        for task, fed in list(chunks.items()):
-            # The pass that failed may have changed all of a block.
-            start = self.info.reuse.longest_cut(fed.start)
-            alone = {task: replace(fed, start=start)}
-            results |= self._feed(alone, [])
-            chunks |= alone
-        return results
-
-    def _forward(self, chunks: Chunks) -> dict[Task, Result]:
-        """Run one forward pass, count it and time it."""
         if not chunks:
-            return {}
+            return
         rows = [task.sequence.row(fed) for task, fed in chunks.items()]
+        try:
+            if copies:
+                self.runtime.copy_blocks(copies)
+                copies = []
+            result = self._forward(rows)
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
+            if copies or len(chunks) == 1:
+                self._failed(chunks, error)
+                return
+            for task, fed in chunks.items():
+                # The pass that failed may have changed all of a block.
+                start = self.info.reuse.longest_cut(fed.start)
+                self._pass({task: replace(fed, start=start)}, [])
+            return
+        for task, start in zip(list(chunks), result.starts, strict=False):
+            chunks[task] = replace(chunks[task], start=start)
+        end = 0
+        with self._work:
+            for (task, fed), row in zip(chunks.items(), rows, strict=True):
+                end += row.places
+                logits = result.logits[end - row.places : end] if row.places else None
+                task.fed.append(fed)
+                task.sequence.written(fed, logits)
+                self.computed_tokens += fed.end - fed.start
+
+    def _failed(self, chunks: Chunks, error: Exception) -> None:
+        """
+        End the tasks of a pass that failed.
+
+        The slots from where one was fed are undefined now, and those before them in the same block may
+        be: its copy may not have happened, or a scale has changed.
+        """
+        with self._work:
+            for task, fed in chunks.items():
+                task.fed.append(fed)
+                task.sequence.truncate(fed.start // self.block_size * self.block_size)
+                self._scheduler.end(task, "failed", error)
+
+    def _forward(self, rows: list[Row]) -> PassResult:
+        """Run one forward pass, count it and time it."""
         begun = perf_counter()
         result = self.runtime.forward(rows)
         taken = perf_counter() - begun
         self.speed.computed(rows, taken)
         if self.drafts is not None:
             self.drafts.times.note(rows, taken)
-        for task, start in zip(list(chunks), result.starts, strict=False):
-            chunks[task] = replace(chunks[task], start=start)
         self.forward_passes += 1
-        self.computed_tokens += sum(fed.end - fed.start for fed in chunks.values())
-        ends = accumulate(row.places for row in rows)
-        return {
-            task: result.logits[end - row.places : end] if row.places else None
-            for task, row, end in zip(chunks, rows, ends, strict=True)
-        }
+        return result
 
     def _deliver(self, task: Task) -> None:
         """Let a task use its logits; whatever its callback raises ends that task and no other."""
