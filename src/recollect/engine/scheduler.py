@@ -199,13 +199,17 @@ class Scheduler:
         if any(not task.idle for task in self.waiting):
             for idle in [task for task in self.running if task.idle]:
                 self.preempt(idle)
-        while self.waiting and (task := self._next_waiting()) is not None:
+        while self.waiting:
+            running = self._running_by_namespace()
+            task = min(self.waiting, key=lambda one: (one.idle, running[one.namespace]))
+            if task.idle and self.running:
+                break
             has_place = len(self.running) < self.pace.most_rows
             if not self.running or (has_place and fits(task)):
                 self.waiting.remove(task)
                 self.running.append(task)
                 task.restoring = self._has_disk  # it may have been parked while it waited
-            elif self._has_a_claim(task):
+            elif not running[task.namespace] and max(running.values()) > 1:
                 self.preempt_newest()
             else:
                 break
@@ -254,17 +258,6 @@ class Scheduler:
 
     def _running_by_namespace(self) -> Counter[str]:
         return Counter(task.namespace for task in self.running)
-
-    def _has_a_claim(self, task: Task) -> bool:
-        """Return whether nothing of a task's namespace runs, while another has more than one."""
-        running = self._running_by_namespace()
-        return not running[task.namespace] and max(running.values()) > 1
-
-    def _next_waiting(self) -> Task | None:
-        """Return the task to admit next; an idle one only where nothing else is there."""
-        running = self._running_by_namespace()
-        task = min(self.waiting, key=lambda one: (one.idle, running[one.namespace]))
-        return None if task.idle and self.running else task
 
 
 def _computed_by_another(task: Task, plan: FeedPlan, chunks: Chunks) -> bool:
