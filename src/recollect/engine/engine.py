@@ -127,7 +127,6 @@ class Engine:
     def start(self) -> None:
         """Let the engine's thread warm the runtime up, if it has not yet; returns at once."""
         with self._work:
-            self._require_open()
             self._wake()
 
     def wait_until_warm(self) -> None:
@@ -144,13 +143,12 @@ class Engine:
         """
         task.sequence.plan()  # raises where there is nothing to compute
         with self._work:
-            self._require_open()
+            self._wake()
             if task.sequence.memory is not self.memory:
                 raise MisuseError("a sequence is computed by no engine but the one that made it")
             if any(other.sequence is task.sequence for other in self._scheduler.tasks()):
                 raise MisuseError("this sequence is being worked on already")
             self._scheduler.add(task)
-            self._wake()
 
     def compute(self, sequences: Collection[Sequence]) -> None:
         """
@@ -227,6 +225,8 @@ class Engine:
             raise RuntimeFailure("The engine met a bug: load the model again.") from self._bug
 
     def _wake(self) -> None:
+        """Have the engine's thread look for work, once the lock is released."""
+        self._require_open()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="recollect", daemon=True)
             self._thread.start()
