@@ -17,8 +17,9 @@ from time import perf_counter, sleep
 from typing import Final
 
 from recollect.engine.audit import check_memory, check_scheduler
+from recollect.engine.decoder import Task
 from recollect.engine.drafts import Drafts
-from recollect.engine.scheduler import Chunks, Room, Scheduler, Task
+from recollect.engine.scheduler import Chunks, Room, Scheduler
 from recollect.engine.sequence import Memory, Sequence
 from recollect.engine.tier import DiskTier, Speed
 from recollect.errors import MisuseError, RuntimeFailure

@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from recollect.engine.decoder import Decoder
+from recollect.engine.decoder import Decoder, Task
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
 from recollect.engine.tier import DiskTier
 from recollect.errors import (

@@ -19,12 +19,11 @@ from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, Final, Self
 
-from recollect.engine.decoder import AlignedLogprobs, Likelihood
+from recollect.engine.decoder import AlignedLogprobs, Likelihood, Task
 from recollect.engine.drafts import Drafts
 from recollect.engine.engine import Engine
 from recollect.engine.repetition import Repetition
 from recollect.engine.sampling import Generator
-from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure

@@ -1,98 +1,19 @@
 """
 Which tasks the next forward pass feeds, how many tokens of each, and whose blocks make room for it.
 
-A `Task` is work on one sequence: bring it to its next logits, again and again; what is done with them is
-its callback's business. The `Scheduler` decides which tasks run and what they are fed, and knows no
-blocks. `Room` finds the blocks for that, from the cache and from other tasks. The engine carries out what
-they decide. All of it happens on the engine's thread, but for `Scheduler.add`.
+The `Scheduler` decides which tasks run and what they are fed, and knows no blocks. `Room` finds the blocks
+for that, from the cache and from other tasks. The engine carries out what they decide. All of it happens on
+the engine's thread, but for `Scheduler.add`.
 """
 
-import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Final, Literal
+from typing import Final
 
-from recollect.engine.sequence import FeedPlan, Memory, Sequence
+from recollect.engine.decoder import Task, TaskState
+from recollect.engine.sequence import FeedPlan, Memory
 from recollect.errors import OutOfBlocksError
 from recollect.runtime.base import Pace
-
-TaskState = Literal["new", "submitted", "done", "cancelled", "failed"]
-
-
-@dataclass(eq=False)
-class Task:
-    """
-    Work on one sequence, which belongs to the engine's thread until the task has ended.
-
-    Any thread may wait for the end, or cancel the task. The three callbacks are called on the engine's
-    thread.
-    """
-
-    sequence: Sequence
-    """What to compute."""
-    on_logits: Callable[[], bool]
-    """Called whenever the logits after the sequence are known. May append to it; returns whether to go on."""
-    _: KW_ONLY
-    idle: bool = False
-    """Whether it runs only while there is nothing else to do."""
-    spare: bool = False
-    """Whether it is idle and nobody waits for it; where there are many, the scheduler cancels it."""
-    hand_over: Callable[[], bool] = lambda: False
-    """Called right before each pass, so that a reader works while the runtime does. Gives the reader what
-    is new; returns whether the first result is among it."""
-    on_end: Callable[[], None] = lambda: None
-    """Called when it is over, however it ended, before those who wait are told."""
-    state: TaskState = field(default="new", init=False)
-    error: Exception | None = field(default=None, init=False)
-    """What it failed with."""
-    cancelled: bool = field(default=False, init=False)
-    """Whether the caller wants no more of it."""
-    restoring: bool = field(default=False, init=False)
-    """Whether the disk may have more of it; it is not fed meanwhile."""
-    restored_tokens: int = field(default=0, init=False)
-    """Tokens whose KV came from disk for it."""
-    fed: list[FeedPlan] = field(default_factory=list, init=False)
-    """What forward passes were fed with for it, in order."""
-    _ended: threading.Event = field(default_factory=threading.Event, init=False)
-
-    def __post_init__(self) -> None:
-        assert self.idle or not self.spare, "what is spare is idle"
-        self.namespace = self.sequence.namespace or ""
-
-    def cancel(self) -> None:
-        """Ask for the end, after the forward pass under way; from any thread or signal handler."""
-        self.cancelled = True
-
-    def wait(self) -> None:
-        """
-        Wait for the end.
-
-        Raises:
-            Exception: What the task failed with.
-        """
-        self.join()
-        if self.error is not None:
-            raise self.error
-
-    def join(self, timeout_s: float | None = None) -> bool:
-        """
-        Wait for the end, whatever it is, or for some seconds; return whether it has come.
-
-        A task that was never submitted has nothing to wait for.
-        """
-        return self.state == "new" or self._ended.wait(timeout_s)
-
-    def end(self, state: TaskState, error: Exception | None = None) -> None:
-        """Give the sequence back to the caller. For the scheduler."""
-        self.state, self.error = state, error
-        try:
-            self.on_end()
-        except Exception as bug:  # noqa: BLE001 - handed to whoever waits
-            self.state, self.error = "failed", error or bug
-        finally:
-            self._ended.set()
-
 
 MOST_SPARE: Final = 16
 """How many spare tasks may wait. On a server that is never idle each reply leaves one behind, and the KV
@@ -160,6 +81,7 @@ class Scheduler:
 
     def add(self, task: Task) -> None:
         """Let a task wait for its turn; where there are too many spare ones, cancel the oldest."""
+        assert task.idle or not task.spare, "what is spare is idle"
         task.state = "submitted"
         self.waiting.append(task)
         self._cancel_spare()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
 
-from recollect.engine.scheduler import Task
+from recollect.engine.decoder import Task
 from recollect.engine.sequence import Memory, Sequence
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import RuntimeFailure, StoreBusyError, StoreError

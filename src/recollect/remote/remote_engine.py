@@ -17,10 +17,10 @@ from dataclasses import replace
 from time import sleep
 from typing import Final
 
-from recollect.engine.decoder import Ask, Drawn
+from recollect.engine.decoder import Ask, Drawn, Task, TaskState
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarState
-from recollect.engine.scheduler import MOST_SPARE, Task, TaskState
+from recollect.engine.scheduler import MOST_SPARE
 from recollect.engine.sequence import FeedPlan, plan_feed
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import EngineUnavailableError, MisuseError
