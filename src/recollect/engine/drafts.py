@@ -352,6 +352,11 @@ class Drafts:
         self._learned: deque[tuple[str, Tokens[int]]] = deque(maxlen=_MOST_LEARNED)
         self.times: Final = PassTimes()
 
+    @classmethod
+    def over(cls, info: RuntimeInfo) -> "Drafts | None":
+        """Return what guesses over a runtime; None where it cannot take a wrong guess back."""
+        return cls(info) if info.most_drafted and info.reuse.inside_blocks else None
+
     @property
     def bytes(self) -> int:
         """Return about how much memory is taken, which is bounded by `MOST_BYTES`."""

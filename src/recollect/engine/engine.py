@@ -72,8 +72,7 @@ class Engine:
         """What computing and reading from disk cost, as measured here."""
         self.tier = DiskTier.over(store, identity, runtime, self.memory, self.speed)
         """The tier below memory; None: there is none."""
-        can_draft = info.most_drafted and info.reuse.inside_blocks
-        self.drafts = Drafts(info) if draft and can_draft else None
+        self.drafts = Drafts.over(info) if draft else None
         """What is guessed for replies; None: nothing is."""
         self.computed_tokens = 0
         """Tokens fed so far, guesses among them, counted at the forward pass."""
