@@ -86,8 +86,6 @@ class Engine:
         self._round = threading.Lock()  # held while a round is under way, taken before `lock`
         self._closed = False
         self._bug: BaseException | None = None
-        # A thread in a forward pass when the interpreter ends would abort the process, and whoever
-        # waits for its task would wait for ever.
         self._at_exit = atexit.register(partial(_close_if_alive, weakref.ref(self)))
 
     def tasks(self) -> list[Task]:
@@ -292,6 +290,9 @@ class Engine:
         """
         Run a forward pass, and let the sequences take note of it; where it fails, feed each by itself.
 
+        Where KV can only be cut between blocks, a pass that fails may have changed all of one: each is
+        then fed from the beginning of its block.
+
         Args:
             chunks: What to feed. Where a chunk had to begin earlier, its entry is replaced.
             copies: Blocks to copy first, `(source, target)` each.
@@ -309,7 +310,6 @@ class Engine:
                 self._failed(chunks, error)
                 return
             for task, fed in chunks.items():
-                # The pass that failed may have changed all of a block.
                 start = self.info.reuse.longest_cut(fed.start)
                 self._pass({task: replace(fed, start=start)}, [])
             return
@@ -364,5 +364,11 @@ class Engine:
 
 
 def _close_if_alive(engine: "weakref.ref[Engine]") -> None:
+    """
+    Close an engine, for when the interpreter ends.
+
+    A thread that is in a forward pass then would abort the process, and whoever waits for its task would
+    wait for ever.
+    """
     if (alive := engine()) is not None:
         alive.close()

@@ -273,9 +273,9 @@ class Room:
         return True
 
     def _has_room(self, task: Task) -> bool:
+        """Return whether it and those that run get what each lacks for its history and the next token."""
         sequences = [one.sequence for one in (*self._scheduler.running, task)]
         for sequence in sequences:
             sequence.reuse()  # so that what it takes from the cache is not counted as evictable
-        # Of each the blocks that it lacks for its history and the next token.
         lacking = sum(one.blocks_to_allocate(one.plan().start, len(one) + 1) for one in sequences)
         return lacking <= self._memory.pool.free_blocks + self._memory.cache.evictable_blocks

@@ -161,8 +161,8 @@ class Sequence:
         self.moved = False
         """Whether another replica of an engine elsewhere has KV of it that this one lacked."""
         self._token_ids = array("q")
-        # Guesses to be judged, with the logits after each.
         self._ahead: deque[tuple[int, Logits]] = deque()
+        """Guesses to be judged, with the logits after each."""
         self._id = SequenceId()
         self._finalizer = weakref.finalize(self, memory.pool.drop, self.blocks)
         self._finalizer.atexit = False  # when the program ends, the whole pool goes

@@ -216,10 +216,9 @@ class PrefixCache:
                 if not self._pinned[block.parent]:
                     del self._pinned[block.parent]
                 self._note_held(block)
-        parent = cached.parent
-        if parent is None or cached.pins or self.parts == "whole":
+        if cached.pins or cached.parent is None or self.parts == "whole":
             return
-        if parent.children.cover(cached.token_ids):
+        if cached.parent.children.cover(cached.token_ids):
             self._remove(cached)  # a longer one came meanwhile
 
     def _adopt_public(self, root: CachedBlock, token_ids: Sequence[int]) -> None:
