@@ -4,9 +4,10 @@ Guesses of what a reply says next, from what was said before, and how many of th
 A reply that repeats something (an answer that is generated again, code that is given back with a change)
 need not be decoded token by token. `SuffixIndex` finds where the last tokens of a text came before, and
 what followed there. `PassTimes` knows what wider passes cost on this machine. `Drafts` puts both together
-for each reply: as many guesses are fed behind its last token as pay by what was right lately. The engine
-then has the logits after each guess, and the reply chooses its tokens from these as it would have without:
-a guess is kept where the same token is chosen, and nothing else depends on it. Knows token ids alone.
+for each reply: it has as many guesses fed behind the last token as should save time, judging by how many
+were right lately. The engine then has the logits after each guess, and the reply chooses its tokens from
+these as it would have without guesses. A guess is kept where the reply chooses the same token; nothing else
+depends on it. Knows token ids alone.
 """
 
 from array import array

@@ -3,7 +3,7 @@ The tier below memory: blocks come from a store before a prompt is computed, and
 
 What to read is decided as a value, `plan_restore`, which depends on nothing but its arguments. When to
 write is decided by the writer in `write_behind`. Where anything fails, the engine is as if nobody had
-tried. Knows the store; of the scheduler only a task's sequence and whether it is still restored.
+tried. Knows the store; of a task only its sequence, and whether the disk may have more of it.
 """
 
 import logging

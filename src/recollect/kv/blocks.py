@@ -1,5 +1,5 @@
 """
-Blocks of KV in memory: which are free, which prefix each ends, and which is evicted first.
+Blocks of KV in memory: which are free, which prefix each belongs to, and which is evicted first.
 
 `BlockPool` counts the references to each block. `CachedBlock` is a node in the tree of prefixes,
 `Siblings` keeps the children of one node in order, and `EvictionOrder` knows which nodes can be evicted.
