@@ -1,7 +1,7 @@
 """
 What is tried from one place of a conversation, and what comes of it.
 
-A `Plan` says how many replies are asked for and which of them stay. An `Origin` is the place that they go
+A `Plan` says which replies are asked for and which of them stay. An `Origin` is the place that they go
 on from. A `Branch` is one reply with the path that leads to it. All three are values, which compute and keep
 nothing. A `BranchGeneration` is the reply of a branch while it is generated.
 """

@@ -82,8 +82,8 @@ class Scheduler:
     def add(self, task: Task) -> None:
         """Let a task wait for its turn; where there are too many spare ones, cancel the oldest."""
         assert task.idle or not task.spare, "what is spare is idle"
-        task.state = "submitted"
         self.waiting.append(task)
+        task.state = "submitted"  # last: whoever is interrupted before waits for nothing
         self._cancel_spare()
 
     def tasks(self) -> list[Task]:
