@@ -33,7 +33,7 @@ from openvino import opset13 as ops
 from batching import prompt
 from harness import Load, parser, report, say
 from recollect import config
-from recollect.engine.scheduler import Task
+from recollect.engine.decoder import Task
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PassResult, Row
 from recollect.runtime.openvino import OpenVinoRuntime

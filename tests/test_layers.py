@@ -116,6 +116,8 @@ SINCE = (
 MOST_MODULES = 105 + len(SINCE)
 MOST_LINES = 400
 FEW_LINES = 60
+HEART = {"engine.sequence", "engine.scheduler", "engine.engine", "kv.blocks", "kv.prefix"}
+MOST_HEART_LINES = 1000  # can be read in one evening; docs/heart.md walks through it
 SHARED_FILE_NAMES = {"__init__.py", "base.py"}
 REASON = "On its own because"  # how the sentence begins that says why a small module is one
 
@@ -339,6 +341,12 @@ def test_there_are_few_modules() -> None:
 def test_modules_are_small() -> None:
     lengths = {name_of(path): lines_of_code(source_of(path)) for path in MODULES}
     assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_the_heart_can_be_read_in_one_evening() -> None:
+    lengths = {name_of(path): lines_of_code(source_of(path)) for path in MODULES}
+    heart = {name: lengths[f"recollect.{name}"] for name in HEART}
+    assert sum(heart.values()) < MOST_HEART_LINES, heart
 
 
 def test_no_two_modules_have_the_same_file_name() -> None:

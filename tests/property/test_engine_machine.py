@@ -24,10 +24,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from recollect.engine.decoder import Task
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import PublicPrefixes
 from recollect.engine.sampling import Generator, choose_token
-from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure, StoreError
 from recollect.kv import disk as disk_module

@@ -7,8 +7,8 @@ import pytest
 
 import recollect
 from recollect.conversation.model import Model
+from recollect.engine.decoder import Task
 from recollect.engine.sampling import Generator
-from recollect.engine.scheduler import Task
 from recollect.types import SamplingParams
 
 pytestmark = pytest.mark.model

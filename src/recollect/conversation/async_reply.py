@@ -1,8 +1,8 @@
 """
 A session's replies on an event loop.
 
-What may wait for the engine or the journal, which is how a reply begins and ends, happens on threads;
-its pieces are read on the loop, from the stream that threads read too. So nothing blocks the loop.
+Beginning and ending a reply may wait for the engine or the journal, so both happen on threads. The pieces
+between are read on the loop, from the same stream that threads read. So nothing blocks the loop.
 """
 
 import threading

@@ -1,9 +1,9 @@
 """
 What is tried from one place of a conversation, and what comes of it.
 
-A `Plan` says which replies are asked for and which of them stay, an `Origin` where, and a `Branch` is
-one of them with the way to it: values, which compute and keep nothing. A `BranchGeneration` is its reply
-while it is generated.
+A `Plan` says which replies are asked for and which of them stay. An `Origin` is the place that they go
+on from. A `Branch` is one reply with the path that leads to it. All three are values, which compute and keep
+nothing. A `BranchGeneration` is the reply of a branch while it is generated.
 """
 
 import weakref

@@ -1,7 +1,7 @@
 """
 One conversation: its tree, its branches, and its record in the journal.
 
-All sessions in a conversation share this object. It does not know what tokens mean, and knows no KV.
+All sessions in a conversation share this object. It knows neither KV nor what tokens mean.
 People name messages by numbers, 1 for the first that was saved. The numbers follow the order of the
 journal, so a running chat, a listing and another process number a message alike.
 """

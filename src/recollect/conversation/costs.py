@@ -1,10 +1,12 @@
 """
 What going on from each message of a tree would cost: where its KV is, and how long the rest takes.
 
-Nothing is computed, and nothing counts as used. A path is not rendered for each node: what the template
-puts between two messages is learned from a few renderings, and each node goes on from its parent, with its
-own text and its own blocks alone. One path is encoded as a reply would encode it, and compared: where the
-template shows it otherwise, some nodes are encoded one by one, and the others are marked as estimated.
+Nothing is computed, and no look-up here counts as a use of KV.
+
+The path to each node is not rendered from its beginning. What the template puts between two messages is
+learned from a few renderings, and what is known of a node is what is known of its parent, with the node's
+own text and blocks added. To check that, one path is encoded as a reply would encode it. Where the two
+differ, some nodes are encoded one by one, and the others are marked as estimated.
 """
 
 from array import array

@@ -3,15 +3,18 @@ Turn a conversation into token ids, with each reply as the ids that the model ge
 
 `PromptEncoder` renders the template twice, once with marks in place of the replies, which tell where
 each reply is shown. There the ids that the model generated go in, and the text around them is encoded
-piece by piece, so a reply is never decoded and encoded again. The model reads what the template shows,
-with one exception: where a reply is shown as it was generated, space at its ends apart, and what leads
-to it as it was then, space and marks of thinking around nothing apart, the ids are those that the model
-has read and generated. Whatever else the template shows otherwise is read again, and told.
+piece by piece, so a reply is never decoded and encoded again.
 
-`Guard` keeps control tokens to the template. What is said gets a mark inside each control token that it
-spells, and at its ends where it could complete one; the marks travel through the template, and no
-control token may be where they come out. Nearly all texts get none. Only a template that removes
-letters from what is said, or changes their case, could still make a control token of it.
+The model reads what the template shows, with one exception: a reply, and what leads to it, keep the ids
+that the model has read and generated where the template shows both as they were then, or nearly so. At the
+ends of the reply, space may differ; in what leads to it, space and empty marks of thinking. Whatever else
+the template shows otherwise is encoded and read again, and the turn tells that.
+
+`Guard` lets nothing but the template write control tokens. A text gets a mark inside each control token
+that it spells, and at its ends where it could complete one with its neighbour. The marks go through the
+template with the text, and no control token is made where they come out. Nearly all texts need no mark.
+Only a template that removes letters from a text, or changes their case, could still make a control token of
+it.
 
 Nothing here knows KV: what of a prompt is computed already is found out by its sequence.
 """

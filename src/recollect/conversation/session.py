@@ -34,9 +34,9 @@ from recollect.conversation.turn import (
     is_unanswered,
     place_of,
 )
+from recollect.engine.decoder import Task
 from recollect.engine.pinning import pin, pin_on_disk, unpin
 from recollect.engine.reply import GeneratedReply, IdleWork, ReadAhead, ReplyGeneration
-from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (

@@ -1,9 +1,9 @@
 """
-What a prompt is, and replies with calls of tools in it: as templates take them, and where they are shown.
+What a prompt is made of, and where a template shows replies that call tools.
 
-A template writes the JSON of calls in its own way. So a reply is found again where what is shown calls
-the same tools with the same arguments and says the same beside them, however that is spelled: the ids
-stay those that the model generated.
+A template writes the JSON of calls in its own way, so the text of such a reply is seldom what the model
+wrote. The reply is recognised all the same where the template shows calls of the same tools with the same
+arguments and the same text beside them; its ids then stay those that the model generated.
 """
 
 import json

@@ -3,7 +3,7 @@ The audit of the heart: its bookkeeping is derived anew from what exists, and co
 
 Each class says its invariants in its docstring; the function for the class verifies them here, in that
 order. `Engine.check` runs all of it between two forward passes. This is the only module that reads the
-private state of others. It changes none of it, but what pool and cache have put off is done for it.
+private state of others. It changes nothing, except that pool and cache first do what they have put off.
 Every function raises AssertionError where an invariant does not hold.
 """
 

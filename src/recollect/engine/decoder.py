@@ -1,22 +1,104 @@
 """
-The contract between a `Generator` and what chooses its next tokens, here or on another machine.
+What engines have in common, here and on other machines: their tasks, and how they choose the next token.
 
-A decoder is asked to go on with a history, and tells one token after the other. The engine of this process
-computes logits, and chooses among them (`engine.sampling.LogitsDecoder`). An engine elsewhere owns its KV
-and chooses by itself (`remote.remote_engine.RemoteEngine`): ids go out, ids come in, and neither KV nor
-logits cross the wire. What of the prompt was reused is told where it is told of local passes, in
-`Task.fed` and `Sequence.fed_tokens`; so replies, tools, stop strings, the journal and the tree know one
-kind of generator. `AlignedLogprobs` keeps how likely the tokens were in step with the text that is given out.
+A `Task` is work on one sequence: bring it to its next logits, again and again. What is done with them is
+its callback's business.
+
+A `Decoder` is what a `Generator` asks for its next token. The engine of this process computes logits, and
+chooses among them (`engine.sampling.LogitsDecoder`). An engine elsewhere owns its KV and chooses by itself
+(`remote.remote_engine.RemoteEngine`): ids go out, ids come in, and neither KV nor logits cross the wire.
+What of the prompt was reused is told where it is told of local passes, in `Task.fed` and
+`Sequence.fed_tokens`; so replies, tools, stop strings, the journal and the tree know one kind of generator.
+`AlignedLogprobs` keeps how likely the tokens were in step with the text that is given out.
 """
 
+import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal, Protocol, runtime_checkable
 
 from recollect.engine.grammar import GrammarState
-from recollect.engine.sequence import Sequence
+from recollect.engine.sequence import FeedPlan, Sequence
 from recollect.text.tokenizer import Tokenizer
 from recollect.types import FinishReason, SamplingParams, TokenLogprob
+
+TaskState = Literal["new", "submitted", "done", "cancelled", "failed"]
+
+
+@dataclass(eq=False)
+class Task:
+    """
+    Work on one sequence, which belongs to the engine's thread until the task has ended.
+
+    Any thread may wait for the end, or cancel the task. The three callbacks are called on the engine's
+    thread.
+    """
+
+    sequence: Sequence
+    """What to compute."""
+    on_logits: Callable[[], bool]
+    """Called whenever the logits after the sequence are known. May append to it; returns whether to go on."""
+    _: KW_ONLY
+    idle: bool = False
+    """Whether it runs only while there is nothing else to do."""
+    spare: bool = False
+    """Whether it is idle and nobody waits for it; where there are many, the scheduler cancels it."""
+    hand_over: Callable[[], bool] = lambda: False
+    """Called right before each pass, so that a reader works while the runtime does. Gives the reader what
+    is new; returns whether the first result is among it."""
+    on_end: Callable[[], None] = lambda: None
+    """Called when it is over, however it ended, before those who wait are told."""
+    state: TaskState = field(default="new", init=False)
+    error: Exception | None = field(default=None, init=False)
+    """What it failed with."""
+    cancelled: bool = field(default=False, init=False)
+    """Whether the caller wants no more of it."""
+    restoring: bool = field(default=False, init=False)
+    """Whether the disk may have more of it; it is not fed meanwhile."""
+    restored_tokens: int = field(default=0, init=False)
+    """Tokens whose KV came from disk for it."""
+    fed: list[FeedPlan] = field(default_factory=list, init=False)
+    """What forward passes were fed with for it, in order."""
+    _ended: threading.Event = field(default_factory=threading.Event, init=False)
+
+    @property
+    def namespace(self) -> str:
+        """Return whose work it is; of all who share with nobody the same."""
+        return self.sequence.namespace or ""
+
+    def cancel(self) -> None:
+        """Ask for the end, after the forward pass under way; from any thread or signal handler."""
+        self.cancelled = True
+
+    def wait(self) -> None:
+        """
+        Wait for the end.
+
+        Raises:
+            Exception: What the task failed with.
+        """
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """
+        Wait for the end, whatever it is, or for some seconds; return whether it has come.
+
+        A task that was never submitted has nothing to wait for.
+        """
+        return self.state == "new" or self._ended.wait(timeout_s)
+
+    def end(self, state: TaskState, error: Exception | None = None) -> None:
+        """Give the sequence back to the caller. For the scheduler."""
+        self.state, self.error = state, error
+        try:
+            self.on_end()
+        except Exception as bug:  # noqa: BLE001 - handed to whoever waits
+            self.state, self.error = "failed", error or bug
+        finally:
+            self._ended.set()
 
 
 @dataclass(frozen=True, slots=True)

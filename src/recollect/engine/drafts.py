@@ -4,15 +4,16 @@ Guesses of what a reply says next, from what was said before, and how many of th
 A reply that repeats something (an answer that is generated again, code that is given back with a change)
 need not be decoded token by token. `SuffixIndex` finds where the last tokens of a text came before, and
 what followed there. `PassTimes` knows what wider passes cost on this machine. `Drafts` puts both together
-for each reply: as many guesses are fed behind its last token as pay by what was right lately. The engine
-then has the logits after each guess, and the reply chooses its tokens from these as it would have without:
-a guess is kept where the same token is chosen, and nothing else depends on it. Knows token ids alone.
+for each reply: it has as many guesses fed behind the last token as should save time, judging by how many
+were right lately. The engine then has the logits after each guess, and the reply chooses its tokens from
+these as it would have without guesses. A guess is kept where the reply chooses the same token; nothing else
+depends on it. Knows token ids alone.
 """
 
 from array import array
 from bisect import bisect
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from math import inf
@@ -352,6 +353,11 @@ class Drafts:
         self._learned: deque[tuple[str, Tokens[int]]] = deque(maxlen=_MOST_LEARNED)
         self.times: Final = PassTimes()
 
+    @classmethod
+    def over(cls, info: RuntimeInfo) -> "Drafts | None":
+        """Return what guesses over a runtime; None where it cannot take a wrong guess back."""
+        return cls(info) if info.most_drafted and info.reuse.inside_blocks else None
+
     @property
     def bytes(self) -> int:
         """Return about how much memory is taken, which is bounded by `MOST_BYTES`."""
@@ -360,6 +366,31 @@ class Drafts:
     def learn(self, namespace: str, texts: Iterable[Tokens[int]]) -> None:
         """Take texts that replies of a namespace may repeat, such as those of other branches."""
         self._learned.extend((namespace, ids) for ids in texts)
+
+    def following(
+        self,
+        on_logits: Callable[[], bool],
+        sequence: Sequence,
+        forced: Callable[[], Tokens[int]],
+    ) -> Callable[[], bool]:
+        """
+        Return a task's callback that does what another does, and has the reply followed.
+
+        Args:
+            on_logits: Appends one token; returns whether the reply goes on.
+            sequence: What it appends to.
+            forced: Returns what is known to come next, if anything is.
+        """
+
+        def choosing() -> bool:
+            goes_on = on_logits()
+            if not goes_on:
+                self.follow(sequence, None)
+            elif sequence.logits is None:  # all that was guessed is judged
+                self.follow(sequence, forced())
+            return goes_on
+
+        return choosing
 
     def follow(self, sequence: Sequence, forced: Tokens[int] | None) -> None:
         """

@@ -13,13 +13,13 @@ from collections.abc import Sequence as Tokens
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from time import perf_counter, sleep
 from typing import Final
 
 from recollect.engine.audit import check_memory, check_scheduler
+from recollect.engine.decoder import Task
 from recollect.engine.drafts import Drafts
-from recollect.engine.scheduler import Chunks, Room, Scheduler, Task
+from recollect.engine.scheduler import Chunks, Room, Scheduler
 from recollect.engine.sequence import Memory, Sequence
 from recollect.engine.tier import DiskTier, Speed
 from recollect.errors import MisuseError, RuntimeFailure
@@ -27,13 +27,7 @@ from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Identity, Names
-from recollect.runtime.base import Logits, PagedRuntime, allocate
-
-Result = Logits | Exception | None
-"""
-What a pass gave a task: the logits after its history and after each guess behind that, `(n, vocab_size)`; why
-it failed; or None where more is to be fed.
-"""
+from recollect.runtime.base import PagedRuntime, PassResult, Row, allocate
 
 LINGER_S: Final = 2.0
 """The thread ends after so long without work; the next task starts another."""
@@ -78,23 +72,20 @@ class Engine:
         """What computing and reading from disk cost, as measured here."""
         self.tier = DiskTier.over(store, identity, runtime, self.memory, self.speed)
         """The tier below memory; None: there is none."""
-        can_draft = info.most_drafted and info.reuse.inside_blocks
-        self.drafts = Drafts(info) if draft and can_draft else None
+        self.drafts = Drafts.over(info) if draft else None
         """What is guessed for replies; None: nothing is."""
         self.computed_tokens = 0
         """Tokens fed so far, guesses among them, counted at the forward pass."""
         self.forward_passes = 0
         """Forward passes so far, without those that failed."""
-        self._scheduler = Scheduler(info.block_size, info.pace)
-        self._room = Room(self._scheduler, self.memory, has_disk=self.tier is not None)
+        self._scheduler = Scheduler(info.block_size, info.pace, has_disk=self.tier is not None)
+        self._room = Room(self._scheduler, self.memory)
         self._work = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
         self._warm = threading.Event()
-        self._passing = False
+        self._round = threading.Lock()  # held while a round is under way, taken before `lock`
         self._closed = False
         self._bug: BaseException | None = None
-        # A thread in a forward pass when the interpreter ends would abort the process, and whoever
-        # waits for its task would wait for ever.
         self._at_exit = atexit.register(partial(_close_if_alive, weakref.ref(self)))
 
     def tasks(self) -> list[Task]:
@@ -121,12 +112,9 @@ class Engine:
         self, token_ids: Tokens[int], namespace: str | None = "", *, on_disk: bool = False
     ) -> int:
         """Return how many leading tokens have KV in memory, or there or *on_disk*; counts as a use."""
-        if namespace is None:
-            return 0
-        with self.lock:
-            match, root = self.memory.match(token_ids, namespace), self.cache.root(namespace)
-        if on_disk and self.tier is not None:
-            return self.tier.stored_tokens(match, root, token_ids)
+        match = self.memory.match(token_ids, namespace)
+        if on_disk and self.tier is not None and namespace is not None:
+            return self.tier.stored_tokens(match, namespace, token_ids)
         return match.tokens
 
     def forget(self) -> int:
@@ -137,7 +125,6 @@ class Engine:
     def start(self) -> None:
         """Let the engine's thread warm the runtime up, if it has not yet; returns at once."""
         with self._work:
-            self._require_open()
             self._wake()
 
     def wait_until_warm(self) -> None:
@@ -154,14 +141,12 @@ class Engine:
         """
         task.sequence.plan()  # raises where there is nothing to compute
         with self._work:
-            self._require_open()
+            self._wake()
             if task.sequence.memory is not self.memory:
                 raise MisuseError("a sequence is computed by no engine but the one that made it")
             if any(other.sequence is task.sequence for other in self._scheduler.tasks()):
                 raise MisuseError("this sequence is being worked on already")
-            task.restoring = self.tier is not None
             self._scheduler.add(task)
-            self._wake()
 
     def compute(self, sequences: Collection[Sequence]) -> None:
         """
@@ -193,11 +178,8 @@ class Engine:
         """Cancel tasks, those that were never submitted too, and wait until they have ended."""
         for task in tasks:
             task.cancel()
-        with self.lock:
-            known = set(self._scheduler.tasks())
         for task in tasks:
-            if task in known:
-                task.join()
+            task.join()
 
     def check(self) -> None:
         """
@@ -206,9 +188,7 @@ class Engine:
         Raises:
             AssertionError: One does not hold.
         """
-        with self._work:
-            while self._passing:
-                self._work.wait()
+        with self._round, self.lock:
             check_memory(self.memory, [] if self.tier is None else self.tier.leased_blocks)
             check_scheduler(self._scheduler)
 
@@ -243,6 +223,8 @@ class Engine:
             raise RuntimeFailure("The engine met a bug: load the model again.") from self._bug
 
     def _wake(self) -> None:
+        """Have the engine's thread look for work, once the lock is released."""
+        self._require_open()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="recollect", daemon=True)
             self._thread.start()
@@ -264,12 +246,11 @@ class Engine:
                 pass  # in a function of its own, so that nothing is kept alive while there is no work
         except BaseException as bug:
             with self._work:
-                self._bug, self._passing = bug, False
+                self._bug = bug
                 self._warm.set()
                 error = RuntimeFailure(f"The engine met a bug: {bug!r}")
                 for task in self._scheduler.tasks():
                     self._scheduler.end(task, "failed", error)
-                self._work.notify_all()
             raise
 
     def _work_once(self) -> bool:
@@ -278,26 +259,25 @@ class Engine:
             while not self._end_cancelled():
                 if self._closed:
                     return False
-                self._tell_tier(works=False)
+                if self.tier is not None:
+                    self.tier.writer.engine_works(False)
                 if not self._work.wait(LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
-            self._tell_tier(works=True)
             self._scheduler.admit(self._room.fits)
-            self._passing = True
-        if self.tier is not None:
-            self.tier.restore_for(self._scheduler.running)
-        with self._work:
-            chunks, copies = self._room.prepare()
-            tasks = self._scheduler.tasks()
-        if [task for task in tasks if task.hand_over()]:
-            sleep(self.info.pace.first_token_pause_s)
-        self._pass(chunks, copies)
+        with self._round:
+            if self.tier is not None:
+                self.tier.restore_for(self._scheduler.running)
+            with self._work:
+                chunks, copies = self._room.prepare()
+                tasks = self._scheduler.tasks()
+            if [task for task in tasks if task.hand_over()]:
+                sleep(self.info.pace.first_token_pause_s)
+            self._pass(chunks, copies)
+        for task in list(self._scheduler.running):
+            if task.sequence.logits is not None:
+                self._deliver(task)
         return True
-
-    def _tell_tier(self, *, works: bool) -> None:
-        if self.tier is not None:
-            self.tier.writer.engine_works(works)
 
     def _end_cancelled(self) -> bool:
         """End the tasks that were cancelled; return whether there are others."""
@@ -307,71 +287,66 @@ class Engine:
         return bool(self._scheduler.tasks())
 
     def _pass(self, chunks: Chunks, copies: list[tuple[int, int]]) -> None:
-        """Run a forward pass, and hand the logits to the tasks that now have them."""
-        results = self._feed(chunks, copies)
-        with self._work:
-            for task, fed in chunks.items():
-                task.fed.append(fed)
-                result = results[task]
-                if isinstance(result, Exception):
-                    # The slots from fed.start on are undefined now, and those before it in the same
-                    # block may be: its copy may not have happened, or a scale has changed.
-                    task.sequence.truncate(fed.start // self.block_size * self.block_size)
-                    self._scheduler.end(task, "failed", result)
-                else:
-                    task.sequence.written(fed, result)
-            self._passing = False
-            self._work.notify_all()
-        for task in list(self._scheduler.running):
-            if task.sequence.logits is not None:
-                self._deliver(task)
-
-    def _feed(self, chunks: Chunks, copies: list[tuple[int, int]]) -> dict[Task, Result]:
         """
-        Copy blocks, then feed the chunks in one pass; where that fails, feed each by itself.
+        Run a forward pass, and let the sequences take note of it; where it fails, feed each by itself.
+
+        Where KV can only be cut between blocks, a pass that fails may have changed all of one: each is
+        then fed from the beginning of its block.
 
         Args:
             chunks: What to feed. Where a chunk had to begin earlier, its entry is replaced.
             copies: Blocks to copy first, `(source, target)` each.
         """
-        copied = not copies
-        try:
-            if not copied:
-                self.runtime.copy_blocks(copies)
-                copied = True
-            return self._forward(chunks)
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
-            if not copied or len(chunks) == 1:
-                return dict.fromkeys(chunks, error)
-        results: dict[Task, Result] = {}
-        for task, fed in list(chunks.items()):
-            # The pass that failed may have changed all of a block.
-            start = self.info.reuse.longest_cut(fed.start)
-            alone = {task: replace(fed, start=start)}
-            results |= self._feed(alone, [])
-            chunks |= alone
-        return results
-
-    def _forward(self, chunks: Chunks) -> dict[Task, Result]:
-        """Run one forward pass, count it and time it."""
         if not chunks:
-            return {}
+            return
         rows = [task.sequence.row(fed) for task, fed in chunks.items()]
+        try:
+            if copies:
+                self.runtime.copy_blocks(copies)
+                copies = []
+            result = self._forward(rows)
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
+            if copies or len(chunks) == 1:
+                self._failed(chunks, error)
+                return
+            for task, fed in chunks.items():
+                start = self.info.reuse.longest_cut(fed.start)
+                self._pass({task: replace(fed, start=start)}, [])
+            return
+        for task, start in zip(list(chunks), result.starts, strict=False):
+            chunks[task] = replace(chunks[task], start=start)
+        end = 0
+        with self._work:
+            for (task, fed), row in zip(chunks.items(), rows, strict=True):
+                end += row.places
+                logits = result.logits[end - row.places : end] if row.places else None
+                task.fed.append(fed)
+                task.sequence.written(fed, logits)
+                self.computed_tokens += fed.end - fed.start
+
+    def _failed(self, chunks: Chunks, error: Exception) -> None:
+        """
+        End the tasks of a pass that failed.
+
+        The slots from where one was fed are undefined now, and those before them in the same block may
+        be: its copy may not have happened, or a scale has changed.
+        """
+        with self._work:
+            for task, fed in chunks.items():
+                task.fed.append(fed)
+                task.sequence.truncate(fed.start // self.block_size * self.block_size)
+                self._scheduler.end(task, "failed", error)
+
+    def _forward(self, rows: list[Row]) -> PassResult:
+        """Run one forward pass, count it and time it."""
         begun = perf_counter()
         result = self.runtime.forward(rows)
         taken = perf_counter() - begun
         self.speed.computed(rows, taken)
         if self.drafts is not None:
             self.drafts.times.note(rows, taken)
-        for task, start in zip(list(chunks), result.starts, strict=False):
-            chunks[task] = replace(chunks[task], start=start)
         self.forward_passes += 1
-        self.computed_tokens += sum(fed.end - fed.start for fed in chunks.values())
-        ends = accumulate(row.places for row in rows)
-        return {
-            task: result.logits[end - row.places : end] if row.places else None
-            for task, row, end in zip(chunks, rows, ends, strict=True)
-        }
+        return result
 
     def _deliver(self, task: Task) -> None:
         """Let a task use its logits; whatever its callback raises ends that task and no other."""
@@ -380,8 +355,6 @@ class Engine:
             goes_on = task.on_logits()
             while goes_on and task.sequence.logits is not None and not task.cancelled:
                 goes_on = task.on_logits()  # the token that it chose was guessed
-            if self.drafts is not None and task.forced is not None:
-                self.drafts.follow(task.sequence, task.forced() if goes_on else None)
             if goes_on:
                 return
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the task
@@ -391,5 +364,11 @@ class Engine:
 
 
 def _close_if_alive(engine: "weakref.ref[Engine]") -> None:
+    """
+    Close an engine, for when the interpreter ends.
+
+    A thread that is in a forward pass then would abort the process, and whoever waits for its task would
+    wait for ever.
+    """
     if (alive := engine()) is not None:
         alive.close()

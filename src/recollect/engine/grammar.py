@@ -1,10 +1,10 @@
 """
 Which tokens a grammar allows next: compiled grammars, and where a reply stands in one.
 
-Knows token ids; the grammars themselves are llguidance's. It compiles a JSON schema by calling itself
-for each part and follows each reference where it stands, in time that grows with the square of the
-parts; a chain of a thousand references, or a list of 40,000 required names, overflows a thread's
-stack, which ends the process. So schemas are bounded before they are compiled.
+Knows token ids; the grammars themselves are llguidance's. That compiles a JSON schema by calling itself
+for each part and for each reference, in time that grows with the square of their number. A chain of a
+thousand references, or a list of 40,000 required names, overflows a thread's stack, which ends the
+process. So schemas are bounded before they are compiled.
 
 What takes long is made while nobody waits: `Grammars.prepare` makes llguidance's table of tokens, from a
 file where the tokens' bytes were found out before, and compiles the grammars that were used last.

@@ -2,8 +2,8 @@
 Prefixes that are protected from eviction: on disk under a name, or in memory for everybody.
 
 `pin_on_disk` computes what is missing of a prefix, writes it, and pins it in the store. `PublicPrefixes`
-pins prefixes in memory in the namespace that every namespace finds KV in. Both bring a prefix to memory
-with `in_memory`. Knows token ids; neither what they are of nor who may pin them.
+pins prefixes in memory in the namespace `PUBLIC`, in which all others find KV too. Both bring a prefix to
+memory with `in_memory`. Knows token ids, but not which text they are nor who may pin them.
 """
 
 import threading
@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from recollect.engine.decoder import Decoder
+from recollect.engine.decoder import Decoder, Task
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
 from recollect.engine.tier import DiskTier
 from recollect.errors import (

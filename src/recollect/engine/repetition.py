@@ -1,7 +1,7 @@
 """
 When a reply does nothing but repeat itself: a rule over its tokens and their texts.
 
-Depends on nothing; of a reply it knows what it is given.
+Knows of a reply only the tokens and texts that it is given.
 """
 
 from collections import Counter, defaultdict, deque

@@ -19,11 +19,11 @@ from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, Final, Self
 
-from recollect.engine.decoder import AlignedLogprobs, Likelihood
+from recollect.engine.decoder import AlignedLogprobs, Likelihood, Task
+from recollect.engine.drafts import Drafts
 from recollect.engine.engine import Engine
 from recollect.engine.repetition import Repetition
 from recollect.engine.sampling import Generator
-from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
@@ -118,16 +118,15 @@ class _Generation:
     Does not know its reader, so that a reply that nobody holds any more is noticed and ends.
     """
 
-    def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
+    def __init__(self, generator: Generator, tokenizer: Tokenizer, drafts: Drafts | None) -> None:
         self._generator = generator
         self._tokenizer = tokenizer
         self.stream = Stream()
+        on_logits = self._generate
+        if drafts is not None:
+            on_logits = drafts.following(on_logits, generator.sequence, generator.forced_tokens)
         self.task = Task(
-            generator.sequence,
-            self._generate,
-            forced=generator.forced_tokens,
-            hand_over=self.stream.hand_over,
-            on_end=self._end,
+            generator.sequence, on_logits, hand_over=self.stream.hand_over, on_end=self._end
         )
         self.begun_s = self.last_token_s = time.perf_counter()
         self.first_token_s: float | None = None
@@ -310,7 +309,7 @@ class ReplyGeneration:
         self._sequence = generator.sequence
         self._start = len(self._sequence)
         self._computed_before = self._sequence.computed_before()
-        self._generation = _Generation(generator, tokenizer)
+        self._generation = _Generation(generator, tokenizer, engine.drafts)
         self._task = self._generation.task
         self._since_s = self._generation.begun_s
         self._read = self._decoded_characters = 0

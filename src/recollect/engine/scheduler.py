@@ -1,97 +1,19 @@
 """
 Which tasks the next forward pass feeds, how many tokens of each, and whose blocks make room for it.
 
-A `Task` is work on one sequence: bring it to its next logits, again and again; what is done with them is
-its callback's business. The `Scheduler` decides which tasks run and what they are fed, and knows no
-blocks. `Room` finds the blocks for that, from the cache and from other tasks. The engine carries out what
-they decide. All of it happens on the engine's thread, but for `Scheduler.add`.
+The `Scheduler` decides which tasks run and what they are fed, and knows no blocks. `Room` finds the blocks
+for that, from the cache and from other tasks. The engine carries out what they decide. All of it happens on
+the engine's thread, but for `Scheduler.add`.
 """
 
-import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from collections.abc import Sequence as Tokens
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Final, Literal
+from typing import Final
 
-from recollect.engine.sequence import FeedPlan, Memory, Sequence
+from recollect.engine.decoder import Task, TaskState
+from recollect.engine.sequence import FeedPlan, Memory
 from recollect.errors import OutOfBlocksError
 from recollect.runtime.base import Pace
-
-TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
-
-
-@dataclass(eq=False)
-class Task:
-    """
-    Work on one sequence, which belongs to the engine's thread until the task has ended.
-
-    Any thread may wait for the end, or cancel the task. The three callbacks are called on the engine's
-    thread.
-    """
-
-    sequence: Sequence
-    """What to compute."""
-    on_logits: Callable[[], bool]
-    """Called whenever the logits after the sequence are known. May append to it; returns whether to go on."""
-    _: KW_ONLY
-    forced: Callable[[], Tokens[int]] | None = None
-    """Returns what is known to come next, if anything is; None: nothing that may come next is guessed."""
-    idle: bool = False
-    """Whether it runs only while there is nothing else to do."""
-    spare: bool = False
-    """Whether it is idle and nobody waits for it; where there are many, the scheduler cancels it."""
-    hand_over: Callable[[], bool] = lambda: False
-    """Called right before each pass, so that a reader works while the runtime does. Gives the reader what
-    is new; returns whether the first result is among it."""
-    on_end: Callable[[], None] = lambda: None
-    """Called when it is over, however it ended, before those who wait are told."""
-    state: TaskState = field(default="waiting", init=False)
-    error: Exception | None = field(default=None, init=False)
-    """What it failed with."""
-    cancelled: bool = field(default=False, init=False)
-    """Whether the caller wants no more of it."""
-    restoring: bool = field(default=False, init=False)
-    """Whether the disk may have more of it; it is not fed meanwhile."""
-    restored_tokens: int = field(default=0, init=False)
-    """Tokens whose KV came from disk for it."""
-    fed: list[FeedPlan] = field(default_factory=list, init=False)
-    """What forward passes were fed with for it, in order."""
-    _ended: threading.Event = field(default_factory=threading.Event, init=False)
-
-    def __post_init__(self) -> None:
-        assert self.idle or not self.spare, "what is spare is idle"
-        self.namespace = self.sequence.namespace or ""
-
-    def cancel(self) -> None:
-        """Ask for the end, after the forward pass under way; from any thread or signal handler."""
-        self.cancelled = True
-
-    def wait(self) -> None:
-        """
-        Wait for the end.
-
-        Raises:
-            Exception: What the task failed with.
-        """
-        self.join()
-        if self.error is not None:
-            raise self.error
-
-    def join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end, whatever it is, or for some seconds; return whether it has come."""
-        return self._ended.wait(timeout_s)
-
-    def end(self, state: TaskState, error: Exception | None = None) -> None:
-        """Give the sequence back to the caller. For the scheduler."""
-        self.state, self.error = state, error
-        try:
-            self.on_end()
-        except Exception as bug:  # noqa: BLE001 - handed to whoever waits
-            self.state, self.error = "failed", error or bug
-        finally:
-            self._ended.set()
-
 
 MOST_SPARE: Final = 16
 """How many spare tasks may wait. On a server that is never idle each reply leaves one behind, and the KV
@@ -147,8 +69,9 @@ class Scheduler:
         5. The invariant of `_Turns`.
     """
 
-    def __init__(self, block_size: int, pace: Pace) -> None:
+    def __init__(self, block_size: int, pace: Pace, *, has_disk: bool = False) -> None:
         self._block_size = block_size
+        self._has_disk = has_disk
         self.pace: Final = pace
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
@@ -158,7 +81,9 @@ class Scheduler:
 
     def add(self, task: Task) -> None:
         """Let a task wait for its turn; where there are too many spare ones, cancel the oldest."""
+        assert task.idle or not task.spare, "what is spare is idle"
         self.waiting.append(task)
+        task.state = "submitted"  # last: whoever is interrupted before waits for nothing
         self._cancel_spare()
 
     def tasks(self) -> list[Task]:
@@ -196,12 +121,17 @@ class Scheduler:
         if any(not task.idle for task in self.waiting):
             for idle in [task for task in self.running if task.idle]:
                 self.preempt(idle)
-        while self.waiting and (task := self._next_waiting()) is not None:
+        while self.waiting:
+            running = self._running_by_namespace()
+            task = min(self.waiting, key=lambda one: (one.idle, running[one.namespace]))
+            if task.idle and self.running:
+                break
             has_place = len(self.running) < self.pace.most_rows
             if not self.running or (has_place and fits(task)):
                 self.waiting.remove(task)
                 self.running.append(task)
-            elif self._has_a_claim(task):
+                task.restoring = self._has_disk  # it may have been parked while it waited
+            elif not running[task.namespace] and max(running.values()) > 1:
                 self.preempt_newest()
             else:
                 break
@@ -238,12 +168,10 @@ class Scheduler:
 
     def feed(self, chunks: Chunks) -> None:
         """Take note that a pass is run: the namespaces of its prompts come later in the next one."""
-        prompts = [(task, fed) for task, fed in chunks.items() if fed.tokens > 1]
-        if not prompts:
-            return
-        alone = len(self._running_by_namespace()) == 1
-        for task, fed in prompts:
-            self._turns.feed(task.namespace, fed.tokens, alone=alone)
+        for task, fed in chunks.items():
+            if fed.tokens > 1:
+                alone = len(self._running_by_namespace()) == 1
+                self._turns.feed(task.namespace, fed.tokens, alone=alone)
 
     def _cancel_spare(self) -> None:
         spare = [task for task in self.waiting if task.spare and not task.cancelled]
@@ -252,17 +180,6 @@ class Scheduler:
 
     def _running_by_namespace(self) -> Counter[str]:
         return Counter(task.namespace for task in self.running)
-
-    def _has_a_claim(self, task: Task) -> bool:
-        """Return whether nothing of a task's namespace runs, while another has more than one."""
-        running = self._running_by_namespace()
-        return not running[task.namespace] and max(running.values()) > 1
-
-    def _next_waiting(self) -> Task | None:
-        """Return the task to admit next; an idle one only where nothing else is there."""
-        running = self._running_by_namespace()
-        task = min(self.waiting, key=lambda one: (one.idle, running[one.namespace]))
-        return None if task.idle and self.running else task
 
 
 def _computed_by_another(task: Task, plan: FeedPlan, chunks: Chunks) -> bool:
@@ -280,11 +197,9 @@ class Room:
     Owns no state; used by the engine's thread, under the lock of `Memory`.
     """
 
-    def __init__(self, scheduler: Scheduler, memory: Memory, *, has_disk: bool) -> None:
+    def __init__(self, scheduler: Scheduler, memory: Memory) -> None:
         self._scheduler = scheduler
         self._memory = memory
-        self._has_disk = has_disk
-        """Whether a parked sequence may find its KV on disk again."""
 
     def fits(self, task: Task) -> bool:
         """
@@ -307,15 +222,14 @@ class Room:
         Returns:
             What to feed, which may be nothing, and blocks to copy before it, `(source, target)` each.
         """
-        steps: list[Callable[[Chunks], bool]] = [
-            self._evict,
-            self._guess_nothing,
-            self._take_tails_back,
-            self._park_waiting,
-            self._preempt_newest,
-        ]
         chunks = self._plan()
-        while self._short(chunks) > 0 and any(step(chunks) for step in steps):
+        while (short := self._short(chunks)) > 0 and (
+            self._memory.cache.evict(short) > 0
+            or self._guess_nothing(chunks)
+            or any(task.sequence.take_back(fed.start) for task, fed in chunks.items())
+            or self._park_waiting()
+            or self._preempt_newest()
+        ):
             chunks = self._plan()
         copies: list[tuple[int, int]] = []
         for task, fed in chunks.items():
@@ -339,39 +253,29 @@ class Room:
         )
         return needed - self._memory.pool.free_blocks
 
-    def _evict(self, chunks: Chunks) -> bool:
-        return self._memory.cache.evict(self._short(chunks)) > 0
-
     def _guess_nothing(self, chunks: Chunks) -> bool:
         for task in chunks:
             task.sequence.draft = ()
         return any(fed.drafted for fed in chunks.values())
 
-    def _take_tails_back(self, chunks: Chunks) -> bool:
-        return any(task.sequence.take_back(fed.start) for task, fed in chunks.items())
-
-    def _park_waiting(self, _: Chunks | None = None, *, but: Task | None = None) -> bool:
+    def _park_waiting(self, *, but: Task | None = None) -> bool:
         """Take the blocks of tasks that wait, but for one of them; return whether any had some."""
         waiting = self._scheduler.waiting
         holding = [one for one in waiting if one.sequence.computed and one is not but]
         for one in holding:
-            self._park(one)
+            one.sequence.park()
         return bool(holding)
 
-    def _preempt_newest(self, _: Chunks) -> bool:
+    def _preempt_newest(self) -> bool:
         if len(self._scheduler.running) == 1:
             return False
-        self._park(self._scheduler.preempt_newest())
+        self._scheduler.preempt_newest().sequence.park()
         return True
 
-    def _park(self, task: Task) -> None:
-        task.sequence.park()
-        task.restoring = self._has_disk
-
     def _has_room(self, task: Task) -> bool:
+        """Return whether it and those that run get what each lacks for its history and the next token."""
         sequences = [one.sequence for one in (*self._scheduler.running, task)]
         for sequence in sequences:
             sequence.reuse()  # so that what it takes from the cache is not counted as evictable
-        # Of each the blocks that it lacks for its history and the next token.
         lacking = sum(one.blocks_to_allocate(one.plan().start, len(one) + 1) for one in sequences)
         return lacking <= self._memory.pool.free_blocks + self._memory.cache.evictable_blocks

@@ -94,8 +94,14 @@ class Memory:
         self.sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         """Those that are alive; each adds itself."""
 
-    def match(self, token_ids: Tokens[int], namespace: str) -> Match:
-        """Return what the cache has of a text from its first token on. Counts as a use of it."""
+    def match(self, token_ids: Tokens[int], namespace: str | None) -> Match:
+        """
+        Return what the cache has of a text from its first token on. Counts as a use of it.
+
+        Where the namespace is None, nothing is shared and nothing is found.
+        """
+        if namespace is None:
+            return Match([], 0)
         with self.lock:
             return self.cache.match(self.cache.root(namespace), token_ids)
 
@@ -155,8 +161,8 @@ class Sequence:
         self.moved = False
         """Whether another replica of an engine elsewhere has KV of it that this one lacked."""
         self._token_ids = array("q")
-        # Guesses to be judged, with the logits after each.
         self._ahead: deque[tuple[int, Logits]] = deque()
+        """Guesses to be judged, with the logits after each."""
         self._id = SequenceId()
         self._finalizer = weakref.finalize(self, memory.pool.drop, self.blocks)
         self._finalizer.atexit = False  # when the program ends, the whole pool goes
@@ -259,15 +265,13 @@ class Sequence:
 
         The cache still finds that KV, until it evicts it because others need the room.
         """
-        self._require_open()
         with self.memory.lock:
             self.leave_tail()
             self.truncate(keep)
 
     def release(self) -> None:
         """Give the blocks back; the sequence cannot be used afterwards. May be called again."""
-        if not self.closed:
-            self.park()
+        self.park()
         self._id.release()
         self.logits = None
         self._finalizer()
@@ -288,9 +292,9 @@ class Sequence:
 
     def is_warm(self) -> bool:
         """Return whether all of the history has KV, here or in the cache."""
-        if self.computed == len(self) or self.namespace is None:
-            return self.computed == len(self)
-        return len(self) == self.memory.match(self._token_ids, self.namespace).tokens
+        if self.computed == len(self):
+            return True
+        return self.memory.match(self._token_ids, self.namespace).tokens == len(self)
 
     def computed_before(self) -> int:
         """Return how many leading tokens had KV once in the namespace, as far as that is remembered."""

@@ -3,7 +3,7 @@ The tier below memory: blocks come from a store before a prompt is computed, and
 
 What to read is decided as a value, `plan_restore`, which depends on nothing but its arguments. When to
 write is decided by the writer in `write_behind`. Where anything fails, the engine is as if nobody had
-tried. Knows the store; of the scheduler only a task's sequence and whether it is still restored.
+tried. Knows the store; of a task only its sequence, and whether the disk may have more of it.
 """
 
 import logging
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
 
-from recollect.engine.scheduler import Task
+from recollect.engine.decoder import Task
 from recollect.engine.sequence import Memory, Sequence
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import RuntimeFailure, StoreBusyError, StoreError
@@ -223,11 +223,13 @@ class DiskTier:
         """
         Bring what the disk has of new tasks' histories, a little at a time where others wait.
 
-        What comes is in the prefix cache then, and taken over by the task's sequence.
+        What comes is in the prefix cache then, and taken over by the task's sequence. The engine calls
+        this in every round, so the writer is told here that it works.
 
         Args:
             tasks: Those that run; they belong to the calling thread, which is the engine's.
         """
+        self.writer.engine_works(True)
         most_s = MOST_RESTORE_S if len(tasks) > 1 else None
         for task in tasks:
             if task.restoring and task.sequence.logits is not None:
@@ -423,19 +425,20 @@ class DiskTier:
         """Copy a block's bytes from memory; whoever calls holds it there."""
         self._runtime.read_block(cached.block, into)
 
-    def stored_tokens(self, match: Match, root: CachedBlock, token_ids: Tokens[int]) -> int:
+    def stored_tokens(self, match: Match, namespace: str, token_ids: Tokens[int]) -> int:
         """
         Return how many leading tokens have KV in memory or on disk.
 
         Args:
             match: What memory has of them.
-            root: Of their namespace.
+            namespace: Whose they are.
             token_ids: Shape `(n,)`.
         """
         size = self._pool.block_size
         full = match.tokens // size
         start = full * size
-        after = match.blocks[full - 1] if full else root
+        with self._lock:
+            after = match.blocks[full - 1] if full else self._cache.root(namespace)
         try:
             found = self.store.find(
                 after.key,

@@ -1,7 +1,7 @@
 """
-What came to the blocks in memory and what went, for people, and to say why a prompt was computed again.
+What the prefix cache took up and evicted: in numbers for people, and to say why a prompt was computed again.
 
-The prefix cache reports here. Nothing here decides what is reused or evicted.
+The cache reports here. Nothing here decides what is reused or evicted.
 """
 
 from collections import OrderedDict

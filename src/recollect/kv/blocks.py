@@ -1,5 +1,5 @@
 """
-Blocks of KV in memory: which are free, which prefix each ends, and which is evicted first.
+Blocks of KV in memory: which are free, which prefix each belongs to, and which is evicted first.
 
 `BlockPool` counts the references to each block. `CachedBlock` is a node in the tree of prefixes,
 `Siblings` keeps the children of one node in order, and `EvictionOrder` knows which nodes can be evicted.
@@ -124,8 +124,8 @@ class Siblings(dict[tuple[int, ...], "CachedBlock"]):
     The blocks after the same one, by their tokens.
 
     The tokens are also kept in order, in which those that have much in common are neighbours. So a
-    search costs a few comparisons, however many blocks there are. Only `[]=` and `del` change it; each
-    moves pointers in a list, 80 kB for 10,000 blocks.
+    search costs a few comparisons, however many blocks there are. Only `[]=`, for tokens that are not in
+    it, and `del` change it; each moves pointers in a list, 80 kB for 10,000 blocks.
 
     Invariant: the order is that of the keys, sorted.
     """
@@ -137,8 +137,7 @@ class Siblings(dict[tuple[int, ...], "CachedBlock"]):
         self._order: list[tuple[int, ...]] = []
 
     def __setitem__(self, token_ids: tuple[int, ...], cached: "CachedBlock") -> None:
-        if token_ids not in self:
-            insort(self._order, token_ids)
+        insort(self._order, token_ids)
         super().__setitem__(token_ids, cached)
 
     def __delitem__(self, token_ids: tuple[int, ...]) -> None:
@@ -248,12 +247,6 @@ class EvictionOrder:
         self.staying: Final = Counter[int]()
         """By block its nodes that cannot be evicted, without those blocks that have none."""
 
-    def remove(self, cached: CachedBlock) -> None:
-        """Take note of a node that is gone from the tree; nothing was below it."""
-        self.hold(cached, held=False)
-        if cached.parent is not None:
-            self._offer(cached.parent)
-
     def hold(self, cached: CachedBlock, *, held: bool) -> None:
         """
         Take note of whether a node is held.
@@ -268,7 +261,7 @@ class EvictionOrder:
             self.staying[node.block] += 1 if node.stays else -1
             if not self.staying[node.block]:
                 del self.staying[node.block]
-            self._offer(node)
+            self.offer(node)
             parent = node.parent
             if parent is None or parent.parent is None:
                 return  # a root has no block
@@ -276,18 +269,8 @@ class EvictionOrder:
             parent.staying_children += 1 if node.stays else -1
             node = parent
 
-    def pop(self) -> CachedBlock | None:
-        """Return the node to evict next, which the caller removes; None where all stay."""
-        while self._heap:
-            last_used, _, cached = heapq.heappop(self._heap)
-            if cached.can_go:
-                if cached.last_used == last_used:
-                    return cached
-                self._offer(cached)  # it was used since
-        return None
-
-    def _offer(self, cached: CachedBlock) -> None:
-        """Put a node into the heap, where it can be evicted; it may be there already."""
+    def offer(self, cached: CachedBlock) -> None:
+        """Take note that a node may be one that can be evicted now; it may have been offered before."""
         if not cached.can_go:
             return
         if len(self._heap) > self._most_entries:
@@ -296,3 +279,13 @@ class EvictionOrder:
             heapq.heapify(self._heap)
             self._most_entries = 2 * len(waiting) + _FEW
         heapq.heappush(self._heap, (cached.last_used, next(self._numbers), cached))
+
+    def pop(self) -> CachedBlock | None:
+        """Return the node to evict next, which the caller removes; None where all stay."""
+        while self._heap:
+            last_used, _, cached = heapq.heappop(self._heap)
+            if cached.can_go:
+                if cached.last_used == last_used:
+                    return cached
+                self.offer(cached)  # it was used since
+        return None

@@ -131,10 +131,14 @@ class PrefixCache:
         return Match(blocks, tokens)
 
     def _part(self, node: CachedBlock, tokens: tuple[int, ...]) -> tuple[CachedBlock | None, int]:
-        """Return the block of which a part goes on with the most of these tokens, and how many."""
+        """
+        Return the block after *node* that goes on with the most of these tokens, and how many.
+
+        That may be a part of a block where blocks can be cut, and else all of one, full or not.
+        """
         if self.parts == "cut":
             return node.children.nearest(tokens)
-        whole = node.children.parts_of(tokens)[-1:] if self.parts == "whole" else []
+        whole = node.children.parts_of(tokens)[-1:]
         return (whole[0], len(whole[0].token_ids)) if whole else (None, 0)
 
     def insert(
@@ -154,9 +158,7 @@ class PrefixCache:
         """
         self._uses += 1
         tokens = tuple(token_ids)
-        known, length = after.children.nearest(tokens)
-        if self.parts == "whole":
-            known = after.children.get(tokens)
+        known, length = self._part(after, tokens)
         if known is not None and length == len(tokens):
             known.last_used = self._uses
             return known
@@ -175,10 +177,6 @@ class PrefixCache:
         self.settle()
         freed = 0
         while freed < count and (cached := self._order.pop()) is not None:
-            parent = cached.parent
-            assert parent is not None, "a root is never evicted"
-            # A prefix was in use when its tail was.
-            parent.last_used = max(parent.last_used, cached.last_used)
             self._remove(cached)
             self.accounts.evicted(cached)
             freed += cached.block not in self._nodes
@@ -218,10 +216,9 @@ class PrefixCache:
                 if not self._pinned[block.parent]:
                     del self._pinned[block.parent]
                 self._note_held(block)
-        parent = cached.parent
-        if parent is None or cached.pins or self.parts == "whole":
+        if cached.pins or cached.parent is None or self.parts == "whole":
             return
-        if parent.children.cover(cached.token_ids):
+        if cached.parent.children.cover(cached.token_ids):
             self._remove(cached)  # a longer one came meanwhile
 
     def _adopt_public(self, root: CachedBlock, token_ids: Sequence[int]) -> None:
@@ -268,12 +265,16 @@ class PrefixCache:
         return cached
 
     def _remove(self, cached: CachedBlock) -> None:
-        assert cached.parent is not None, "a root is never removed"
+        """Take a node out of the tree. What it followed was in use when it was."""
+        parent = cached.parent
+        assert parent is not None, "a root is never removed"
         assert not cached.children, "a block that others follow is never removed"
-        del cached.parent.children[cached.token_ids]
+        del parent.children[cached.token_ids]
+        parent.last_used = max(parent.last_used, cached.last_used)
         self.accounts.removed(cached)
         self._pool.release([cached.block])
         self._nodes[cached.block].remove(cached)
         if not self._nodes[cached.block]:
             del self._nodes[cached.block]
-        self._order.remove(cached)
+        self._order.hold(cached, held=False)
+        self._order.offer(parent)

@@ -17,10 +17,10 @@ from dataclasses import replace
 from time import sleep
 from typing import Final
 
-from recollect.engine.decoder import Ask, Drawn
+from recollect.engine.decoder import Ask, Drawn, Task, TaskState
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarState
-from recollect.engine.scheduler import MOST_SPARE, Task, TaskState
+from recollect.engine.scheduler import MOST_SPARE
 from recollect.engine.sequence import FeedPlan, plan_feed
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import EngineUnavailableError, MisuseError
@@ -198,6 +198,7 @@ class RemoteEngine(Engine):
             if any(other.sequence is task.sequence for other in self._live):
                 raise MisuseError("this sequence is being worked on already")
             self._live[task] = None
+            task.state = "submitted"
             if task.spare:
                 self._spare.append(task)
                 while len(self._spare) > MOST_SPARE:
@@ -205,7 +206,6 @@ class RemoteEngine(Engine):
             if not self._watches:
                 self._watches = True
                 threading.Thread(target=self._watch, name="recollect-watch", daemon=True).start()
-        task.state = "running"
         threading.Thread(
             target=self._run_task, args=[task], name="recollect-remote", daemon=True
         ).start()
@@ -220,15 +220,6 @@ class RemoteEngine(Engine):
         for sequence in dict.fromkeys(sequences):
             if sequence.plan().tokens:
                 self._prefill(sequence, None)
-
-    def abort(self, tasks: Collection[Task]) -> None:
-        """Cancel tasks, and wait until those that were submitted have ended."""
-        for task in tasks:
-            task.cancel()
-        known = self.tasks()
-        for task in tasks:
-            if task in known:
-                task.join()
 
     def close(self) -> None:
         """Cancel all tasks; histories stay readable. May be called again."""

@@ -7,8 +7,9 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
+from recollect.engine.decoder import Task
 from recollect.engine.reply import IdleWork
-from recollect.engine.scheduler import MOST_SPARE, Task
+from recollect.engine.scheduler import MOST_SPARE
 from recollect.types import SamplingParams, Usage
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)

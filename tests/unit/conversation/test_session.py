@@ -16,9 +16,9 @@ from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.showing import Prompt
 from recollect.conversation.tree import Tree
 from recollect.conversation.turn import Reply
+from recollect.engine.decoder import Task
 from recollect.engine.reply import IdleWork, ReplyGeneration
 from recollect.engine.sampling import Generator
-from recollect.engine.scheduler import Task
 from recollect.errors import (
     ContextFullError,
     ConversationError,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recollect.engine.decoder import Task
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, OutOfBlocksError, RuntimeFailure
 from recollect.runtime.base import Logits, Pace, PassResult

@@ -7,8 +7,9 @@ import pytest
 
 from recollect.engine import scheduler as scheduler_module
 from recollect.engine.audit import check_scheduler
+from recollect.engine.decoder import Task
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import Scheduler, Task
+from recollect.engine.scheduler import Scheduler
 from recollect.engine.sequence import FeedPlan
 from recollect.runtime.base import Pace
 

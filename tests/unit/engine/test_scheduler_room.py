@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from recollect.engine.decoder import Task
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.runtime.base import Logits, PassResult, Row
 

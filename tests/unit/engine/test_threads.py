@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from recollect.engine import engine as engine_module
+from recollect.engine.decoder import Task
 from recollect.engine.engine import Engine
 from recollect.engine.reply import Stream
 from recollect.engine.sampling import Generator
-from recollect.engine.scheduler import Scheduler, Task
+from recollect.engine.scheduler import Scheduler
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
 from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row

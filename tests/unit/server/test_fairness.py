@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from recollect.conversation.model import Model
+from recollect.engine.decoder import Task
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import Task
 from recollect.errors import RuntimeFailure
 from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.server.access import namespace_of
