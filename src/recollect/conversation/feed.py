@@ -242,11 +242,12 @@ class Feed:
         watches: list[Watch] = []
 
         def call() -> None:
-            for event in (event for watch in watches for event in watch.take()):
-                try:
-                    hook(event)
-                except Exception:  # noqa: BLE001 - a bug of the caller's, which others need not suffer from
-                    _log.exception("what was to be called with %s has failed", event.kind)
+            for watch in watches:
+                for event in watch.rest():
+                    try:
+                        hook(event)
+                    except Exception:  # noqa: BLE001 - a bug of the caller's, which others need not suffer from
+                        _log.exception("what was to be called with %s has failed", event.kind)
 
         watches.append(self.watch(namespace, wake=call))
         return watches[0].close
@@ -363,7 +364,7 @@ class Feed:
             for log in list(self._logs.values()):
                 log.forget()
         # A reply is in the journal before it is told to be complete, and what it answers before it begins.
-        changes = iter(self._changes())
+        changes = self._changes()
         for one in _merged(told):
             if one.kind in ("reply.started", "reply.completed"):
                 self._add_changes(changes)
@@ -402,12 +403,12 @@ class Feed:
             self._give_up(error)
         return None, {}
 
-    def _changes(self) -> list[Change]:
-        found: list[Change] = []
+    def _changes(self) -> Iterator[Change]:
+        """Yield what has changed in the journal, of which a part is in memory at a time."""
         try:
             journal = self._opened()
             if journal is None or (version := journal.version()) == self._version:
-                return found
+                return
             if self._last_change is None:
                 self._last_change = journal.last_change()
                 for log in list(self._logs.values()):
@@ -416,14 +417,13 @@ class Feed:
             while not is_all:
                 new = journal.changes(self._last_change, list(self._logs))
                 self._last_change, is_all = new.last, new.is_all
-                found += new.changes
+                yield from new.changes
                 if not new.is_whole:
                     for log in list(self._logs.values()):
                         log.forget()
             self._version = version
         except RecollectError as error:
             self._give_up(error)
-        return found
 
     def _opened(self) -> Journal | None:
         """Return the journal by a connection of its own; None: there is none, or it cannot be read."""
