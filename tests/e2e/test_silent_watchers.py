@@ -22,6 +22,8 @@ WATCHERS = 50
 SAID = "x" * 30_000
 TIMES = 400
 """As many events of 30 kB: 12 MB for each watcher, of which the log keeps 2, and Linux up to 4."""
+BURST = 10
+"""Messages in one request, which come all at once: more than a connection has room for."""
 
 
 @pytest.fixture
@@ -36,10 +38,16 @@ def server(environment: dict[str, str]) -> Iterator[tuple[str, int]]:
         try:
             assert process.stderr is not None
             addresses = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)
-            yield next(found[0] for found in addresses if found), process.pid
-        finally:
+            address = next(found[0] for found in addresses if found)
+            # Each request is a line: a pipe that nobody reads is full some time, and the server waits.
+            reader = threading.Thread(target=process.stderr.read, daemon=True)
+            reader.start()
+            yield address, process.pid
             process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=60)
+            process.wait(timeout=60)
+            reader.join(timeout=60)
+        finally:
+            process.kill()
 
 
 def memory_mb(pid: int) -> float:
@@ -73,8 +81,9 @@ def kinds(connection: socket.socket, until: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, BURST])
 def test_those_who_never_read_cost_little_and_are_told_that_they_missed_something(
-    server: tuple[str, int],
+    server: tuple[str, int], at_once: int
 ) -> None:
     address, pid = server
     with ExitStack() as stack:
@@ -86,9 +95,9 @@ def test_those_who_never_read_cost_little_and_are_told_that_they_missed_somethin
         reading = threading.Thread(target=lambda: heard.extend(kinds(reader, "the last one")))
         reading.start()
         before = memory_mb(pid)
-        for number in range(TIMES):
-            last = f" {number}" if number < TIMES - 1 else " the last one"
-            items = [{"role": "user", "content": SAID + last}]
+        said = [f"{SAID} {number}" for number in range(TIMES - 1)] + [f"{SAID} the last one"]
+        for first in range(0, TIMES, at_once):
+            items = [{"role": "user", "content": one} for one in said[first : first + at_once]]
             client.post(
                 f"/conversations/{conversation}/items", json={"items": items}
             ).raise_for_status()

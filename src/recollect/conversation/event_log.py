@@ -5,12 +5,12 @@ Bounded in count and bytes, however slow a reader is: one that falls behind is t
 Knows nothing of what happens; `feed` does.
 """
 
-import itertools
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from time import time_ns
 from typing import Any, Final
 
@@ -20,6 +20,9 @@ MOST_EVENTS: Final = 2_048
 """Of one namespace that are kept for readers that come back or are slow: minutes of a busy agent."""
 MOST_BYTES: Final = 2 << 20
 """Of the same events as they are sent."""
+TAKEN_BYTES: Final = 64 << 10
+"""Most that a reader takes at once, but for a single larger event. What a client has not read yet is in
+memory once for each client; asyncio has writers wait from as many bytes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +83,23 @@ class EventLog:
             self.held_bytes = 0
             self.next_id += 1
 
-    def after(self, event_id: int) -> list[Event] | None:
-        """Return the events after one; None: some of them are forgotten, or it is of another log."""
+    def after(self, event_id: int, *, most_bytes: int = TAKEN_BYTES) -> list[Event] | None:
+        """
+        Return the events that follow one, of so many bytes at most or a single larger one.
+
+        None: some of them are forgotten, or it is of another log.
+        """
         with self._lock:
             first = self.next_id - len(self._events)
             if not first - 1 <= event_id < self.next_id:
                 return None
-            return list(itertools.islice(self._events, event_id + 1 - first, None))
+            found, left = list[Event](), most_bytes
+            for event in islice(self._events, event_id + 1 - first, None):
+                left -= len(event.text)
+                if left < 0 and found:
+                    break
+                found.append(event)
+            return found
 
     def lost(self) -> Event:
         """Return the event that tells a reader to read the state anew and go on from here."""
@@ -129,7 +142,11 @@ class Watch:
         self._log = log
 
     def take(self) -> list[Event]:
-        """Return what is new; `events.lost` alone where some of it is forgotten."""
+        """
+        Return what comes next, of at most `TAKEN_BYTES` or a single larger event; none: nothing is new.
+
+        Where some of it is forgotten that is `events.lost` alone, and then what happens from now on.
+        """
         events = self._log.after(self.last_id)
         if events is None:
             events = [self._log.lost()]
@@ -137,7 +154,15 @@ class Watch:
             self.last_id = events[-1].id
         return events
 
+    def rest(self) -> Iterator[Event]:
+        """Yield all that is new, until it is closed."""
+        while events := self.take():
+            for event in events:
+                if self.is_closed:
+                    return
+                yield event
+
     def close(self) -> None:
-        """Watch no more. Calling it again does nothing."""
+        """Watch no more; any thread may say so. Calling it again does nothing."""
         self.is_closed = True
         self._leave(self)

@@ -241,9 +241,7 @@ class Feed:
         """
 
         def call(watch: Watch) -> None:
-            for event in watch.take():
-                if watch.is_closed:
-                    return
+            for event in watch.rest():
                 try:
                     hook(event)
                 except Exception:  # noqa: BLE001 - a bug of the caller's, which others need not suffer from
@@ -363,7 +361,7 @@ class Feed:
             for log in list(self._logs.values()):
                 log.forget()
         # A reply is in the journal before it is told to be complete, and what it answers before it begins.
-        changes = iter(self._changes())
+        changes = self._changes()
         for one in _merged(told):
             if one.kind in ("reply.started", "reply.completed"):
                 self._add_changes(changes)
@@ -402,12 +400,12 @@ class Feed:
             self._give_up(error)
         return None, {}
 
-    def _changes(self) -> list[Change]:
-        found: list[Change] = []
+    def _changes(self) -> Iterator[Change]:
+        """Yield what has changed in the journal, of which a part is in memory at a time."""
         try:
             journal = self._opened()
             if journal is None or (version := journal.version()) == self._version:
-                return found
+                return
             if self._last_change is None:
                 self._last_change = journal.last_change()
                 for log in list(self._logs.values()):
@@ -419,14 +417,13 @@ class Feed:
                 if watched != list(self._logs):
                     continue  # a namespace that is watched since may have changed before they were read
                 self._last_change, is_all = new.last, new.is_all
-                found += new.changes
+                yield from new.changes
                 if not new.is_whole:
                     for log in list(self._logs.values()):
                         log.forget()
             self._version = version
         except RecollectError as error:
             self._give_up(error)
-        return found
 
     def _opened(self) -> Journal | None:
         """Return the journal by a connection of its own; None: there is none, or it cannot be read."""

@@ -30,7 +30,12 @@ from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.engine.tier import DiskTier
-from recollect.errors import ConfigError, ConversationError, UnknownConversationError
+from recollect.errors import (
+    ConfigError,
+    ConversationError,
+    InvalidParameterError,
+    UnknownConversationError,
+)
 from recollect.journal.conversation_files import path_from_json
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
@@ -476,14 +481,15 @@ class Model:
         Return the saved conversations, the one used last first.
 
         Args:
-            limit: Most of them to return; None: all, read without their texts.
+            limit: Most of them to return, at least 1; None: all, read without their texts.
             after: The `id` of the last one of the page before; None: this is the first page.
 
         Raises:
+            InvalidParameterError: There is no such limit.
             UnknownConversationError: There is no conversation *after*.
             StoreError: The journal cannot be read.
         """
-        page = Page(limit=-1 if limit is None else limit, after=after)
+        page = Page(limit=-1 if limit is None else _checked(limit), after=after)
         return self.journal.conversations(page=page)
 
     def search(self, words: str, *, limit: int = 20, after: int | None = None) -> list[Hit]:
@@ -491,10 +497,10 @@ class Model:
         Return the messages of saved conversations that have all of some words; see `Journal.search`.
 
         Raises:
-            InvalidParameterError: There is no word in it, or it is too long.
+            InvalidParameterError: There is no word in it, or it is too long; there is no such limit.
             StoreError: The journal cannot be read.
         """
-        return self.journal.search(words, limit=limit, after=after)
+        return self.journal.search(words, limit=_checked(limit), after=after)
 
     def resume(
         self,
@@ -604,14 +610,16 @@ class Model:
         Return the checkpoints that `Session.checkpoint` has saved, sorted by name, of all models.
 
         Args:
-            limit: Most of them to return; None: all.
+            limit: Most of them to return, at least 1; None: all.
             after: Only those whose names sort behind this one, such as the last of the page before.
 
         Raises:
+            InvalidParameterError: There is no such limit.
             StoreError: There is no KV store on disk, or it cannot be read.
         """
+        most = None if limit is None else _checked(limit)
         found = self.checkpoint_store.all()
-        return [one for one in found if after is None or one.name > after][:limit]
+        return [one for one in found if after is None or one.name > after][:most]
 
     def drop_checkpoint(self, name: str) -> None:
         """
@@ -688,3 +696,9 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _checked(limit: int) -> int:
+    if limit < 1:
+        raise InvalidParameterError(f"limit is {limit}: give 1 or more.", param="limit")
+    return limit

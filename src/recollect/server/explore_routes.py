@@ -7,6 +7,7 @@ that goes away ends them all, and then only those that had come to their end are
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
@@ -90,9 +91,10 @@ class Explore(SamplingFields):
         prompts: Sequence[str | None] = self.prompts or [None] * (self.n or 1)
         return [TriedBranch(prompt=prompt) for prompt in prompts]
 
-    def sampling(self, number: int, model: Model, settings: Settings) -> SamplingParams:
-        """Return how the reply of a branch is sampled; each has a seed of its own."""
-        own = self.tried()[number]
+    def sampling(
+        self, number: int, own: TriedBranch, model: Model, settings: Settings
+    ) -> SamplingParams:
+        """Return how the reply of one of the branches is sampled; each has a seed of its own."""
         said = {name: getattr(own, name) for name in own.model_fields_set - {"prompt", "name"}}
         both = self.model_copy(update=said)
         params = both.params(
@@ -168,8 +170,9 @@ def _names(view: ConversationView, tried: Sequence[TriedBranch]) -> list[str]:
     """
     prefix = f"explore-{secrets.token_hex(3)}"
     names = [one.name or f"{prefix}-{number}" for number, one in enumerate(tried, 1)]
+    counted = Counter(names)
     for number, name in enumerate(names):
-        if name in view.stored.tips or names.count(name) > 1:
+        if name in view.stored.tips or counted[name] > 1:
             raise name_taken(
                 f"There is {name!r} in this conversation already, or twice in the request: take another "
                 "name.",
@@ -209,7 +212,10 @@ class _Trial:
         )
         plan = Plan(
             prompts=[one.prompt for one in tried],
-            params=[body.sampling(n, model, services.settings) for n in range(len(tried))],
+            params=[
+                body.sampling(number, one, model, services.settings)
+                for number, one in enumerate(tried)
+            ],
             keep=None if body.keep else 0,
             name=self.names,
         )

@@ -44,7 +44,10 @@ def on_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             result.set_exception(error)
 
-    threading.Thread(target=run, name="recollect-request", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="recollect-request", daemon=True).start()
+    except RuntimeError as error:
+        result.set_exception(error)  # the system has no thread left: who waits gives its turn back
     return asyncio.wrap_future(result)
 
 

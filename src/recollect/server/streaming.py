@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from recollect.conversation.event_log import LOST, Event, Watch
+from recollect.server.refusals import ApiError, stopping
 
 MOST_WATCHERS: Final = 256
 """Streams of events at once, of all keys together."""
@@ -36,14 +37,24 @@ class Watchers:
         """Take note of the loop."""
         self._loop = loop
 
-    def has_room(self, namespace: str) -> bool:
-        """Return whether one more may watch."""
-        streams = list(self._streams)
-        of_key = sum(one.watch.namespace == namespace for one in streams)
-        return not self.is_ending and len(streams) < MOST_WATCHERS and of_key < MOST_OF_A_KEY
-
     def add(self, stream: "WatchStream") -> None:
-        """Wake a stream from now on."""
+        """
+        Wake a stream from now on.
+
+        Raises:
+            ApiError: There are as many as may be, or the server stops.
+        """
+        if self.is_ending:
+            raise stopping()
+        of_key = sum(one.watch.namespace == stream.watch.namespace for one in self._streams)
+        if len(self._streams) >= MOST_WATCHERS or of_key >= MOST_OF_A_KEY:
+            raise ApiError(
+                "Too many watch already: close another stream of /v1/events.",
+                status=429,
+                kind="requests",
+                code="too_many_watchers",
+                headers={"Retry-After": "5"},
+            )
         self._streams.add(stream)
 
     def remove(self, stream: "WatchStream") -> None:
@@ -86,9 +97,14 @@ class WatchStream(StreamingResponse):
         self._is_wanted = is_wanted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        self._watchers.add(self)
+        """
+        Send the events.
+
+        Raises:
+            ApiError: Too many watch already, or the server stops.
+        """
         try:
+            self._watchers.add(self)  # on the loop, where no other comes in between
             await super().__call__(scope, receive, send)
         finally:
             self._watchers.remove(self)
@@ -99,15 +115,20 @@ class WatchStream(StreamingResponse):
         yield f": watching\nretry: {_RECONNECT_MS}\nid: {self.watch.last_id}\n\n"
         while not self._watchers.is_ending:
             self.news.clear()
-            told = [event for event in self.watch.take() if self._is_wanted(event)]
-            if told:
-                yield "".join(event.text for event in told)
+            if (told := self._new()) is not None:
+                if told:
+                    yield told
                 continue
             try:
                 async with asyncio.timeout(BEAT_S):
                     await self.news.wait()
             except TimeoutError:
                 yield f": still here\nid: {self.watch.last_id}\n\n"
+
+    def _new(self) -> str | None:
+        """Return what is sent of the events that come next, which may be nothing; None: there are none."""
+        events = self.watch.take()
+        return "".join(one.text for one in events if self._is_wanted(one)) if events else None
 
 
 def of_conversation(label: str | None) -> Callable[[Event], bool]:

@@ -52,14 +52,6 @@ def watch_events(
     label = None if conversation is None else split_branch(conversation)[0]
     if conversation is not None:
         head_of(request, conversation)
-    if not services.watchers.has_room(namespace):
-        raise ApiError(
-            "Too many watch already: close another stream of /v1/events.",
-            status=429,
-            kind="requests",
-            code="too_many_watchers",
-            headers={"Retry-After": "5"},
-        )
     watch = services.feed.watch(
         namespace, after=_after(request, after), wake=services.watchers.wake
     )

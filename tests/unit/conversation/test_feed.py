@@ -1,5 +1,6 @@
 """Events in a program: who is called with what, and what a slow or a failing reader costs."""
 
+import gc
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from recollect.conversation import event_log, feed
-from recollect.conversation.event_log import LOST, Event, EventLog, Watch
+from recollect.conversation.event_log import LOST, TAKEN_BYTES, Event, EventLog, Watch
 from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model
 from recollect.encryption import Cipher
@@ -123,6 +124,31 @@ def test_an_encrypted_home_tells_names_and_texts_to_those_with_the_key(tmp_path:
         assert b"hidden" not in file.read_bytes()
 
 
+def test_what_another_program_imports_is_in_memory_a_part_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recollect.journal.changes import MOST_READ, Change, Changes
+    from recollect.journal.journal import JOURNAL_NAME, Journal
+    from recollect.journal.records import Entry, NewNode
+
+    read, alive = Journal.changes, list[int]()
+
+    def counted(journal: Journal, *arguments: Any) -> Changes:
+        alive.append(sum(isinstance(one, Change) for one in gc.get_objects()))
+        return read(journal, *arguments)
+
+    monkeypatch.setattr(Journal, "changes", counted)
+    watched, heard = Feed(tmp_path, None), Heard()
+    with Journal.open(tmp_path / JOURNAL_NAME) as journal:
+        watched.on_event(heard)
+        nodes = [NewNode(role="user", content=f"{number}") for number in range(4 * MOST_READ)]
+        journal.begin("large", Entry(nodes=nodes, tip="main"), model="m", fingerprint="f")
+        told = heard.until("message.created", 4 * MOST_READ)
+    watched.close()
+    assert [event.data["content"] for event in told] == [node.content for node in nodes]
+    assert max(alive) <= MOST_READ
+
+
 def test_a_log_is_bounded_in_count_and_in_bytes_and_tells_what_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -139,6 +165,49 @@ def test_a_log_is_bounded_in_count_and_in_bytes_and_tells_what_is_lost(
     assert len(log) == 1
     assert log.after(125) == []
     assert log.lost().id == 125
+
+
+def test_a_reader_takes_few_bytes_at_once_and_all_in_the_end() -> None:
+    log = EventLog(first_id=1)
+    watch = Watch(log, "", after=0, wake=lambda: None, leave=lambda _: None)
+    sizes = [*[30_000] * 10, 100_000, *[100] * 1000]
+    for size in sizes:
+        log.add("one", None, {"text": "x" * size})
+    taken = []
+    while events := watch.take():
+        assert len(events) == 1 or sum(len(event.text) for event in events) <= TAKEN_BYTES
+        taken.append(events)
+    assert [event.id for events in taken for event in events] == list(range(1, len(sizes) + 1))
+    assert len(taken) < 10
+    log.forget()
+    assert [event.kind for event in watch.take()] == [LOST]
+    assert watch.take() == []
+
+
+def test_a_hook_is_called_with_all_of_a_burst(tmp_path: Path) -> None:
+    watched, heard = Feed(tmp_path, None), Heard()
+    watched.on_event(heard)
+    for number in range(10):
+        watched.tell("", "job.started", {"job": number, "text": "x" * 30_000})
+    told = heard.until("job.started", 10)
+    assert [event.data["job"] for event in told] == list(range(10))
+    watched.close()
+
+
+def test_a_hook_that_ends_itself_is_not_called_again(tmp_path: Path) -> None:
+    watched, heard, others = Feed(tmp_path, None), Heard(), Heard()
+
+    def once(event: Event) -> None:
+        heard(event)
+        stop()
+
+    stop = watched.on_event(once)
+    watched.on_event(others)
+    for number in range(10):
+        watched.tell("", "job.started", {"job": number})
+    others.until("job.started", 10)
+    watched.close()
+    assert [event.data["job"] for event in heard.events] == [0]
 
 
 def test_a_reader_that_is_slow_holds_nothing_and_is_told_so(
@@ -338,11 +407,13 @@ def test_fifty_watchers_cost_the_engines_thread_nothing(
         stream = session.stream("Hello")
         text = "".join(stream)
         assert text
-        return {name: count for name, count in calls.counted.items() if "generate" in name}
+        # The engine's thread goes on with what it does while nobody waits.
+        found = calls.counted.copy()
+        return {name: count for name, count in found.items() if "generate" in name}
 
     def everything(namespace: str) -> set[str]:
         counted(namespace)
-        return set(calls.counted)
+        return set(calls.counted.copy())
 
     counted("warm up")
     alone, functions = counted("first"), everything("second")
@@ -353,6 +424,6 @@ def test_fifty_watchers_cost_the_engines_thread_nothing(
     assert counted("third") == alone
     assert everything("fourth") <= functions
     heard.until("reply.completed", 50)
-    assert [name for name in calls.counted if name.startswith("conversation: ")] == []
+    assert [name for name in calls.counted.copy() if name.startswith("conversation: ")] == []
     for stop in stops:
         stop()

@@ -200,6 +200,41 @@ def test_a_client_that_goes_away_ends_all_branches(
     assert len(client.get(f"{PATH}/{conversation}/tree").json()["nodes"]) == 1
 
 
+def test_what_was_completed_when_the_client_goes_away_is_kept(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    post: Callable[..., Json],
+    until: Callable[[Callable[[], bool]], None],
+) -> None:
+    model = make_model(context_length=100_000, num_blocks=20_000)
+    client = start(load=lambda _: model)
+    conversation = post(client, PATH, {"items": [{"role": "system", "content": LONG}]})["id"]
+    tried = [{"prompt": "A?", "name": "short", "max_output_tokens": 4}, {"prompt": "B?"}]
+    body = {"branches": tried, "stream": True, "temperature": 1.0, "ignore_eos": True}
+    with client.stream("POST", f"{PATH}/{conversation}/explore", json=body) as response:
+        for line in response.iter_lines():
+            if line == "event: explore.branch_completed":
+                break
+    until(lambda: not [task for task in model.engine.tasks() if not task.idle])
+    assert tips(client, conversation) == {"main", "short"}
+    assert client.get(f"{PATH}/{conversation}.short/items").json()["data"]
+
+
+def test_the_tools_of_the_last_response_are_offered_again(
+    client: httpx.Client, post: Callable[..., Json]
+) -> None:
+    """They are a part of the prompt, which would be read again without them."""
+    conversation = post(client, PATH, {"items": [{"role": "system", "content": LONG}]})["id"]
+    tool = {"type": "function", "name": "light", "description": "Turns a light on."}
+    tool |= {"parameters": {"type": "object", "properties": {}}}
+    said = {"conversation": conversation, "input": "Hello", "tools": [tool], "tool_choice": "none"}
+    post(client, "/v1/responses", {**said, "max_output_tokens": 6})
+    found = post(client, f"{PATH}/{conversation}/explore", {**HOT, "prompts": ["Why?"]})
+    usage = found["usage"]
+    assert usage["recollect"]["reason"] == "new"
+    assert usage["recollect"]["computed_tokens"] < 40 < usage["input_tokens"]
+
+
 def test_one_branch_that_fails_is_told_and_the_others_go_on(
     client: httpx.Client,
     conversation: str,

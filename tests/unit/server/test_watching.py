@@ -1,15 +1,20 @@
 """Events over HTTP: what whoever watches is told, of whom, and where it goes on."""
 
+import asyncio
 import json
+import socket
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import httpx
 import pytest
 
+from recollect.conversation.event_log import TAKEN_BYTES, EventLog, Watch
 from recollect.conversation.model import Model
+from recollect.server import streaming
+from recollect.server.streaming import MOST_OF_A_KEY, Watchers, WatchStream, of_conversation
 
 Json = dict[str, Any]
 PATH = "/v1/conversations"
@@ -227,6 +232,81 @@ def test_a_watcher_of_one_conversation_hears_of_no_other(
     watcher.until_kind("branch.moved")
     assert {event["conversation"] for event in watcher.events} == {one}
     assert client.get("/v1/events", params={"conversation": "conv_none"}).status_code == 404
+
+
+def test_what_is_sent_at_once_is_little_however_much_has_happened() -> None:
+    """What waits for a client that does not read is in memory, once for each client."""
+    log = EventLog(first_id=1)
+    for number in range(50):
+        log.add("one", "mine" if number % 25 == 24 else "another", {"text": "x" * 30_000})
+
+    async def sent(label: str | None, parts: int) -> list[str]:
+        watch = Watch(log, "", after=0, wake=lambda: None, leave=lambda _: None)
+        stream = WatchStream(Watchers(), watch, of_conversation(label))
+        found = aiter(stream.body_iterator)
+        return [str(await anext(found)) for _ in range(1 + parts)][1:]
+
+    every = asyncio.run(sent(None, 25))
+    assert max(map(len, every)) <= TAKEN_BYTES
+    assert sum(part.count("event: one") for part in every) == 50
+    assert [part.count('"mine"') for part in asyncio.run(sent("mine", 2))] == [1, 1]
+
+
+def test_a_key_has_so_many_streams_also_where_all_are_asked_for_at_once(
+    start: Callable[..., httpx.Client], until: Callable[..., None]
+) -> None:
+    client = start(keys=("one", "two"))
+    url = client.base_url
+
+    def asked(key: str) -> socket.socket:
+        connection = stack.enter_context(
+            closing(socket.create_connection((url.host, url.port), 60))
+        )
+        head = f"GET /v1/events HTTP/1.1\r\nHost: {url.host}\r\nAuthorization: Bearer {key}\r\n\r\n"
+        connection.sendall(head.encode())
+        return connection
+
+    def status(connection: socket.socket) -> int:
+        data = b""
+        while b"\r\n" not in data:
+            data += connection.recv(4096)
+        return int(data.split()[1])
+
+    with ExitStack() as stack:
+        opened = [asked("one") for _ in range(MOST_OF_A_KEY + 30)]
+        found = [(status(one), one) for one in opened]
+        assert sorted(number for number, _ in found) == [200] * MOST_OF_A_KEY + [429] * 30
+        assert status(asked("two")) == 200
+        refused = client.get("/v1/events")
+        assert refused.json()["error"]["code"] == "too_many_watchers"
+        assert int(refused.headers["Retry-After"]) > 0
+        next(one for number, one in found if number == 200).close()
+        until(lambda: status(asked("one")) == 200)
+
+
+def test_all_keys_together_have_so_many_streams(
+    start: Callable[..., httpx.Client],
+    watch: Callable[..., Watcher],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streaming, "MOST_WATCHERS", 2)
+    client = start(keys=("one", "two", "three"))
+    for key in ("one", "two"):
+        watch(client, headers={"Authorization": f"Bearer {key}"})
+    refused = client.get("/v1/events", headers={"Authorization": "Bearer three"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_watchers")
+
+
+def test_a_stream_that_is_silent_gets_a_comment(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert streaming.BEAT_S == 15
+    monkeypatch.setattr(streaming, "BEAT_S", 0.05)
+    with client.stream("GET", "/v1/events") as response:
+        lines = response.iter_lines()
+        first = [next(lines) for _ in range(4)]
+        assert first[0] == ": watching"
+        assert [next(lines) for _ in range(3)] == [": still here", first[2], ""]
 
 
 def test_a_key_hears_only_of_its_own(
