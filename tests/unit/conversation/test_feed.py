@@ -46,6 +46,7 @@ class Heard:
             return found()
 
 
+@pytest.mark.slow
 def test_a_hook_is_called_with_what_happens_on_the_feeds_thread(
     make_model: Callable[..., Model],
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_reply_that_is_left_is_told_to_be_over(make_model: Callable[..., Model
     assert completed.data["finish_reason"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_an_encrypted_home_tells_names_and_texts_to_those_with_the_key(tmp_path: Path) -> None:
     from recollect.journal.journal import JOURNAL_NAME, Journal
     from recollect.journal.records import Entry, NewNode
@@ -140,6 +142,7 @@ def test_a_log_is_bounded_in_count_and_in_bytes_and_tells_what_is_lost(
     assert log.lost().id == 125
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_slow_holds_nothing_and_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +163,7 @@ def test_a_reader_that_is_slow_holds_nothing_and_is_told_so(
     watched.close()
 
 
+@pytest.mark.slow
 def test_where_more_is_told_than_can_be_taken_readers_are_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +196,7 @@ def test_nothing_is_kept_where_nobody_watches(
     assert heard.events == []
 
 
+@pytest.mark.slow
 def test_to_watch_makes_no_journal(tmp_path: Path) -> None:
     watched = Feed(tmp_path, None)
     watched.on_event(lambda _: None)
@@ -224,6 +229,7 @@ def calls() -> Iterator[Calls]:
     threading.setprofile(before)
 
 
+@pytest.mark.slow
 def test_fifty_watchers_cost_the_engines_thread_nothing(
     make_model: Callable[..., Model], calls: Calls
 ) -> None:

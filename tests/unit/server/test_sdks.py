@@ -15,6 +15,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("length", [8, 30, 50, 200])
 def test_a_message_is_the_same_streamed_and_whole(anthropics: Any, length: int) -> None:
     asked = {
@@ -42,6 +43,7 @@ def test_a_message_is_the_same_streamed_and_whole(anthropics: Any, length: int) 
     assert whole.stop_reason == streamed.stop_reason
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("length", [8, 30, 50, 200])
 def test_a_completion_is_the_same_streamed_and_whole(openais: Any, length: int) -> None:
     function = {"name": "weather", "parameters": PARAMETERS}
@@ -70,6 +72,7 @@ def test_a_completion_is_the_same_streamed_and_whole(openais: Any, length: int) 
     assert reason == whole.finish_reason
 
 
+@pytest.mark.slow
 def test_a_stored_history_is_sent_by_reference(openais: Any) -> None:
     """As the AI SDK does from its second turn on."""
     first = openais.responses.create(model="reference", input="Hello", max_output_tokens=8)
@@ -89,6 +92,7 @@ def test_a_stored_history_is_sent_by_reference(openais: Any) -> None:
         openais.responses.create(model="reference", input=missing)
 
 
+@pytest.mark.slow
 def test_mistakes_are_errors_of_the_sdks(openais: Any, anthropics: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature") as wrong:
         openais.chat.completions.create(
