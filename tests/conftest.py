@@ -82,6 +82,9 @@ HERE = Path(__file__).parent
 SLOW_FOLDERS = {"clients", "crash", "e2e", "exports", "homes", "real"}
 """Their tests start processes, kill them, take large models or whole homes; all of them are slow."""
 
+CLIENTS = {"anthropics", "openais"}
+"""Fixtures whose libraries take seconds to load, in each worker; what asks for them is slow."""
+
 
 def is_plain(config: pytest.Config) -> bool:
     """Return whether tests are chosen as pyproject.toml says."""
@@ -104,13 +107,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """
-    Mark what is slow by its folder or parameters, and say which tests one worker runs of several.
+    Mark what is slow by its folder, fixtures or parameters, and say which tests one worker runs.
 
     What a file's tests load is then loaded once, and models that are made on first use are made by
     one worker alone.
     """
     for item in items:
         if item.path.relative_to(HERE).parts[0] in SLOW_FOLDERS:
+            item.add_marker("slow")
+        if CLIENTS & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
         if item.get_closest_marker("model"):
             made = {"onnx_folder", "exports_folder"} & set(getattr(item, "fixturenames", ()))

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import anthropic
-import openai
 import pytest
 
 ASKED: Any = [{"role": "user", "content": "Hello"}]
@@ -74,6 +72,8 @@ def test_a_completion_is_the_same_streamed_and_whole(openais: Any, length: int) 
 
 @pytest.mark.slow
 def test_a_stored_history_is_sent_by_reference(openais: Any) -> None:
+    import openai
+
     """As the AI SDK does from its second turn on."""
     first = openais.responses.create(model="reference", input="Hello", max_output_tokens=8)
     items: Any = [
@@ -94,6 +94,9 @@ def test_a_stored_history_is_sent_by_reference(openais: Any) -> None:
 
 @pytest.mark.slow
 def test_mistakes_are_errors_of_the_sdks(openais: Any, anthropics: Any) -> None:
+    import anthropic
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="temperature") as wrong:
         openais.chat.completions.create(
             model="reference", messages=ASKED, extra_body={"temprature": 1}
