@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -60,25 +61,17 @@ from recollect.text.file_tokenizers import HfTokenizer
 from recollect.text.tokenizer import END_OF_TURN, ByteTokenizer
 from recollect.types import SamplingParams
 
-_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-settings.register_profile(
-    "dev", max_examples=20, deadline=None, suppress_health_check=_SLOW_IS_FINE
-)
-# The same examples every time: a red build then is about the change. New ones are tried by `dev` at
-# every run, and by `nightly` at length.
-settings.register_profile(
-    "ci",
-    max_examples=200,
+_SAME = "CI" in os.environ
+"""Whether Hypothesis tries the same examples every time: a red build then is about the change."""
+_profile = partial(
+    settings.register_profile,
     deadline=None,
-    derandomize=True,
-    suppress_health_check=_SLOW_IS_FINE,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-settings.register_profile(
-    "nightly", max_examples=3000, deadline=None, suppress_health_check=_SLOW_IS_FINE
-)
-settings.load_profile(
-    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if "CI" in os.environ else "dev")
-)
+_profile("plain", max_examples=10, stateful_step_count=30, derandomize=_SAME)
+_profile("many", max_examples=200, derandomize=_SAME)
+_profile("nightly", max_examples=3000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "many")
 
 
 # What other programs keep on this machine is no part of a test; `stores` has tests of its own.
@@ -89,18 +82,32 @@ HERE = Path(__file__).parent
 SLOW_FOLDERS = {"clients", "crash", "e2e", "exports", "homes", "real"}
 """Their tests start processes, kill them, take large models or whole homes; all of them are slow."""
 
+CLIENTS = {"anthropics", "openais"}
+"""Fixtures whose libraries take seconds to load, in each worker; what asks for them is slow."""
+
+
+def is_plain(config: pytest.Config) -> bool:
+    """Return whether tests are chosen as pyproject.toml says."""
+    # Options that are given there keep the space before their value.
+    return bool(config.getoption("markexpr").strip() == "not model and not slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have Hypothesis try few examples in a plain run, and many where tests are asked for."""
+    if is_plain(config) and "HYPOTHESIS_PROFILE" not in os.environ:
+        settings.load_profile("plain")
+
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave slow folders unread in a plain run: the clients that they import take seconds to load."""
-    # Options that pyproject.toml gives keep the space before their value.
-    plain = config.getoption("markexpr").strip() == "not model and not slow"
-    return True if plain and collection_path in [HERE / name for name in SLOW_FOLDERS] else None
+    ignored = is_plain(config) and collection_path in [HERE / name for name in SLOW_FOLDERS]
+    return True if ignored else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """
-    Mark what is slow by its folder, and say which tests one worker runs when there are several.
+    Mark what is slow by its folder, fixtures or parameters, and say which tests one worker runs.
 
     What a file's tests load is then loaded once, and models that are made on first use are made by
     one worker alone.
@@ -108,9 +115,37 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(HERE).parts[0] in SLOW_FOLDERS:
             item.add_marker("slow")
+        if CLIENTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
         if item.get_closest_marker("model"):
             made = {"onnx_folder", "exports_folder"} & set(getattr(item, "fixturenames", ()))
             item.add_marker(pytest.mark.xdist_group("made" if made else str(item.path)))
+    functions = defaultdict[str, list[pytest.Function]](list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("few"):
+            functions[item.nodeid.partition("[")[0]].append(item)
+    for tests in functions.values():
+        for test in left_out(tests):
+            test.add_marker("slow")
+
+
+def left_out(tests: Sequence[pytest.Function]) -> Iterator[pytest.Function]:
+    """
+    Yield those of one function's tests that a plain run leaves out, as its marker `few(count)` says.
+
+    It takes *count*, evenly, from the diagonal of the parameters: with (a, b, c) and (1, 2) that is
+    a-1, b-2 and c-1, where each value is once.
+    """
+    tests = [test for test in tests if test.get_closest_marker("slow") is None]
+    places = {test: tuple(test.callspec.indices.values()) for test in tests}
+    values = [sorted(set(column)) for column in zip(*places.values(), strict=True)]
+    longest = max(map(len, values), default=0)
+    diagonal = [tuple(column[k % len(column)] for column in values) for k in range(longest)]
+    diagonal = [place for place in diagonal if place in places.values()] or sorted(places.values())
+    for test in tests:
+        (most,) = test.get_closest_marker("few").args  # type: ignore[union-attr]  # its tests have it
+        if places[test] not in {diagonal[k * len(diagonal) // most] for k in range(most)}:
+            yield test
 
 
 def pytest_collection_finish() -> None:

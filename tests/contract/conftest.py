@@ -73,8 +73,10 @@ WITHOUT_WEIGHTS = [
     "sequences-copied",
 ]
 WITH_WEIGHTS = ["openvino-exact", "genai-fp32", *LLAMA_FILES]
+EVERY_DAY = [name for name in WITHOUT_WEIGHTS if name == "llama-plain" or name not in LLAMA_SHAPES]
 PARAMS = [
-    *WITHOUT_WEIGHTS,
+    *EVERY_DAY,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in LLAMA_SHAPES if name not in EVERY_DAY),
     *(pytest.param(name, marks=pytest.mark.model) for name in WITH_WEIGHTS),
 ]
 

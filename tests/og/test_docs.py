@@ -10,6 +10,7 @@ from recollect import og
 DOC = (Path(__file__).parents[2] / "docs" / "og.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_script_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """On the model without weights; the answers are nonsense, and there are two."""
     (code,) = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)

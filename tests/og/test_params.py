@@ -117,6 +117,7 @@ def test_a_model_that_is_not_there_is_a_runtime_error(own: Any) -> None:
         own.og.Model("./not-here")
 
 
+@pytest.mark.slow
 def test_device_and_kv_type_are_those_of_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

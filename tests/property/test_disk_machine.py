@@ -231,10 +231,12 @@ class SealedDiskMachine(DiskMachine):
     sealer = Cipher(bytes(32))
 
 
+# Each step writes to a disk.
+_EXAMPLES: Final = settings().max_examples
 TestDisk = DiskMachine.TestCase
-TestDisk.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestDisk.settings = settings(max_examples=min(40, _EXAMPLES), stateful_step_count=30)
 TestSealedDisk = SealedDiskMachine.TestCase
-TestSealedDisk.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+TestSealedDisk.settings = settings(max_examples=min(20, _EXAMPLES), stateful_step_count=30)
 
 
 def _forgets_followers(_self: Tables, keys: Iterable[Key]) -> list[Key]:

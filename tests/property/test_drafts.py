@@ -166,6 +166,7 @@ def compare(
     return tokens, fed, accepted
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("width", [1, 4, 9, 31])
 def test_ten_thousand_tokens_of_all_kinds_are_the_same(made: Made, width: int) -> None:
     tokens = 0
@@ -180,6 +181,7 @@ def test_ten_thousand_tokens_of_all_kinds_are_the_same(made: Made, width: int) -
     assert tokens > 2 * 10 * LENGTH * 0.8  # times four widths: ten thousand
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_whatever_share_of_guesses_is_wrong(made: Made, share: float) -> None:
     dice = np.random.default_rng(1)

@@ -154,6 +154,7 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[type[Lla
     Machine.fresh.close()
 
 
+@pytest.mark.few(1)
 def test_any_order_gives_fresh_logits(machine: type[LlamaMachine]) -> None:
     run_state_machine_as_test(
         machine, settings=settings(max_examples=8, stateful_step_count=15, deadline=None)

@@ -363,6 +363,7 @@ def run(
         model.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "number"), PROGRAMS)
 def test_python_runs(
     name: str, number: int, run: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
@@ -373,6 +374,7 @@ def test_python_runs(
     run(code)
 
 
+@pytest.mark.slow
 def test_the_ten_lines_reuse_what_the_branches_share(run: Callable[[str], list[str]]) -> None:
     (code,) = blocks("README.md", "python")
     assert len(code.splitlines()) <= 10
@@ -380,6 +382,7 @@ def test_the_ten_lines_reuse_what_the_branches_share(run: Callable[[str], list[s
     assert int(reused) > 50
 
 
+@pytest.mark.slow
 def test_json_and_tools_keep_to_their_schemas(run: Callable[[str], list[str]]) -> None:
     (code,) = [code for code in blocks("docs/python.md", "python") if "json_schema" in code]
     answer, _, logprob = run(code)[0].rpartition(" ")

@@ -103,6 +103,7 @@ def test_what_is_not_exported_is_an_attribute_error() -> None:
     assert run("import recollect; print('load' in dir(recollect))") == "True\n"
 
 
+@pytest.mark.slow
 def test_the_package_loads_none_of_the_libraries_before_it_has_switched_them_off() -> None:
     program = (
         "import sys; from recollect import *;"
@@ -111,6 +112,7 @@ def test_the_package_loads_none_of_the_libraries_before_it_has_switched_them_off
     assert run(program) == "set()\n"
 
 
+@pytest.mark.slow
 def test_openvino_takes_its_own_stand_in_and_writes_nothing(tmp_path: Path) -> None:
     program = (
         "import recollect, openvino;"

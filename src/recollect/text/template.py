@@ -330,7 +330,7 @@ class ChatTemplate:
         try:
             if is_own:
                 self._own = template_engine.compiled(source, self._now)
-                uses_tools = template_engine.looks_at_tools(self._own, source)
+                uses_tools = template_engine.looks_at_tools(source)
             else:
                 uses_tools = self._compile()
         except FAILURES as cause:

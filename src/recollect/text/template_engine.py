@@ -18,6 +18,8 @@ import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import lru_cache
+from types import CodeType
 from typing import Any, BinaryIO, Final, Never
 
 import jinja2
@@ -66,18 +68,31 @@ def compiled(source: str, now: datetime) -> jinja2.Template:
     Raises:
         One of `FAILURES`: It is not valid Jinja.
     """
+    environment = _environment()
+    environment.globals["strftime_now"] = now.strftime
+    variables = environment.make_globals(None)
+    return environment.template_class.from_code(environment, _code(source), variables)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = now.strftime
-    return environment.from_string(source)
+    return environment
 
 
-def looks_at_tools(template: jinja2.Template, source: str) -> bool:
+@lru_cache(_KEPT)
+def _code(source: str) -> CodeType:
+    """Return what a template is compiled to, which depends on nothing but its source."""
+    return _environment().compile(source)
+
+
+@lru_cache(_KEPT)
+def looks_at_tools(source: str) -> bool:
     """Return whether a template uses the variable `tools`."""
-    return "tools" in meta.find_undeclared_variables(template.environment.parse(source))
+    return "tools" in meta.find_undeclared_variables(_environment().parse(source))
 
 
 def words(cause: BaseException) -> str:
@@ -127,7 +142,7 @@ class _Answers:
                 self._templates[name] = template
                 if len(self._templates) > _KEPT:
                     self._templates.popitem(last=False)
-                return COMPILED, "1" if looks_at_tools(template, request["source"]) else ""
+                return COMPILED, "1" if looks_at_tools(request["source"]) else ""
             if name not in self._templates:
                 return UNKNOWN, ""
             self._templates.move_to_end(name)

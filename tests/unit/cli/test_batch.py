@@ -41,6 +41,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
         prompts_of(path)
 
 
+@pytest.mark.slow
 def test_a_line_without_an_end_is_not_waited_for(tmp_path: Path) -> None:
     """As of a device such as /dev/zero, which would take all memory."""
     path = tmp_path / "prompts.txt"
@@ -106,6 +107,7 @@ def test_each_turn_is_one_json_object(model: Model, capsys: pytest.CaptureFixtur
     assert [turn["usage"] for turn in turns] == [node.usage for node in replies]
 
 
+@pytest.mark.slow
 def test_a_turn_says_that_it_repeated_itself(
     model: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +156,7 @@ OURS = re.compile(r"\r(?:\x1b\[\d+[AC])*\x1b\[J|\x1b\[[0-9;]+m")
 """How text is drawn again, and styled."""
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "how", [{"as_json": True}, {"as_json": False}, {"as_json": False, "plain": True}]
 )

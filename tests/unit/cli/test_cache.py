@@ -79,6 +79,7 @@ def test_without_anything_kept_json_is_empty(home: Path) -> None:
     assert json.loads(run("stats", "--json")) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept")
 def test_the_list_shows_models_and_pins() -> None:
     shown = json.loads(run("ls", "--json"))
@@ -92,6 +93,7 @@ def test_the_list_shows_models_and_pins() -> None:
     assert any(line.split()[:3] == ["here", "checkpoint", "reference"] for line in lines)
 
 
+@pytest.mark.slow
 def test_stats_count_what_was_restored(
     kept: None, make_model: Callable[..., Model], open_home_store: OpenStore
 ) -> None:
@@ -106,6 +108,7 @@ def test_stats_count_what_was_restored(
     assert f"{usage.restored_tokens:,} tokens instead of computing" in run("stats")
 
 
+@pytest.mark.slow
 def test_verify_finds_what_is_damaged_and_repair_removes_it(
     kept: None, open_home_store: OpenStore
 ) -> None:
@@ -121,6 +124,7 @@ def test_verify_finds_what_is_damaged_and_repair_removes_it(
     assert run("verify").startswith("All of ")
 
 
+@pytest.mark.slow
 def test_repair_takes_what_follows_a_damaged_block_of_64000_tokens(
     open_home_store: OpenStore,
 ) -> None:
@@ -140,6 +144,7 @@ def test_repair_takes_what_follows_a_damaged_block_of_64000_tokens(
     assert run("verify") == "All of 2 blocks are as they were written.\n"
 
 
+@pytest.mark.slow
 def test_repair_puts_accounts_and_edges_right(kept: None, open_home_store: OpenStore) -> None:
     store = open_home_store()
     with store.env.writing() as txn:
@@ -165,6 +170,7 @@ def test_what_is_encrypted_is_not_called_damaged(home: Path) -> None:
     assert json.loads(run("--json"))["kept"][0]["blocks"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept")
 def test_clear_leaves_what_is_pinned_and_gives_the_space_back(home: Path) -> None:
     before = (home / "kv" / "data.mdb").stat().st_size
@@ -187,6 +193,7 @@ def test_clear_asks_and_takes_silence_for_no() -> None:
     assert json.loads(run("--json"))["kept"][0]["blocks"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept")
 def test_evict_gives_up_what_was_asked_for() -> None:
     before = json.loads(run("stats", "--json"))["stored_bytes"]
@@ -205,6 +212,7 @@ def test_unpin_lets_go_by_name() -> None:
         invoke("unpin", "text")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept")
 def test_what_another_process_has_open_is_cleared_and_not_shortened(home: Path) -> None:
     script = (
@@ -226,6 +234,7 @@ def test_what_another_process_has_open_is_cleared_and_not_shortened(home: Path) 
     assert "given back to the disk" in run("clear", "--yes")
 
 
+@pytest.mark.slow
 def test_a_store_that_is_damaged_inside_is_removed(
     kept: None, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +248,7 @@ def test_a_store_that_is_damaged_inside_is_removed(
     assert not (home / "kv" / "data.mdb").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept")
 def test_clear_removes_damaged_stores_that_were_put_aside(home: Path) -> None:
     aside = home / "kv.damaged-20260101T000000000000"

@@ -76,6 +76,7 @@ def test_what_is_exported_here_goes_on_there_without_being_read(at: At) -> None:
     assert cold["reply"] == warm["reply"]
 
 
+@pytest.mark.slow
 def test_another_branch_and_no_kv_are_options(at: At) -> None:
     say("one\n", "--name", "poem")
     assert "no branch 'idea'" in fail(ConversationError, "export", "poem", "f", "--branch", "idea")
@@ -88,6 +89,7 @@ def test_another_branch_and_no_kv_are_options(at: At) -> None:
     assert "Its KV was not imported: the file has none." in said
 
 
+@pytest.mark.slow
 def test_with_another_model_the_text_is_imported_and_it_says_so(at: At) -> None:
     with Journal.open(config.home() / JOURNAL_NAME) as journal:
         chat = journal.create("old", model="bard", fingerprint="f00d").id
@@ -103,6 +105,7 @@ def test_with_another_model_the_text_is_imported_and_it_says_so(at: At) -> None:
     assert sorted(kept()) == ["b", "c", "d", "old"]
 
 
+@pytest.mark.slow
 def test_a_damaged_file_changes_nothing(at: At) -> None:
     say("one\n", "--name", "poem")
     run("export", "poem", "f")
@@ -114,6 +117,7 @@ def test_a_damaged_file_changes_nothing(at: At) -> None:
     assert not config.home().exists()
 
 
+@pytest.mark.slow
 def test_a_name_that_is_taken_changes_nothing(at: At) -> None:
     say("one\n", "--name", "poem")
     run("export", "poem", "f")

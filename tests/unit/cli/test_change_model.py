@@ -43,6 +43,7 @@ def start(make_model: Callable[..., Model], screen: StringIO) -> Callable[..., C
     return start_chat
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("keep", [True, False])
 def test_all_that_is_open_goes_on(start: Callable[..., Chat], keep: bool) -> None:
     chat = start(keep=keep)

@@ -40,6 +40,7 @@ def test_without_any_the_list_says_how_to_make_one(home: Path) -> None:
     assert not home.exists(), "looking leaves nothing behind"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept")
 def test_the_list_shows_where_each_stands_and_what_it_takes() -> None:
     (row,) = (line for line in run("checkpoints").splitlines() if "a poem" in line)
@@ -67,6 +68,7 @@ def test_with_a_conversation_go_its_checkpoints() -> None:
     assert [fields["name"] for fields in json.loads(run("checkpoints", "--json"))] == ["a song"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept")
 def test_a_checkpoint_names_the_conversation_that_a_chat_goes_on_with(
     make_model: Callable[..., Model], open_home_store: Callable[..., object]

@@ -353,6 +353,7 @@ def test_load_opens_another_conversation_beside(
     assert said(chat) == []
 
 
+@pytest.mark.slow
 def test_load_opens_another_conversation_under_a_name_that_is_not_open(
     make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore]
 ) -> None:

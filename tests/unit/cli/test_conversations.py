@@ -147,6 +147,7 @@ def test_delete_needs_a_yes_where_nobody_can_be_asked(poem: Journal) -> None:
     assert poem.conversations() == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize(
     ("typed", "left"),
@@ -230,6 +231,7 @@ def test_importing_the_same_name_again_says_how_to_give_another(
     assert len(poem.conversations()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")
 def test_an_export_for_which_there_is_no_room_leaves_no_file(poem: Journal, tmp_path: Path) -> None:
     chat_id = poem.find("poem").id  # type: ignore[union-attr]  # the fixture has kept it

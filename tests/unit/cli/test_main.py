@@ -59,6 +59,7 @@ RUNTIMES = {"openvino", "openvino_genai", "onnxruntime", "onnxruntime_genai", "t
 INTERFACES = {"fastapi", "prompt_toolkit", "recollect.proof", "recollect.cli.options"}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("runs", "heavy"),
     [

@@ -178,6 +178,7 @@ def test_how_a_reply_is_cut_into_pieces_changes_nothing(
     assert shown(pieces_of(source, seed), width, height).text == whole
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("width", [21, 40, 41])
 @pytest.mark.parametrize("count", range(1, 100, 7))
 def test_code_of_wide_characters_is_drawn_again_where_it_stands(width: int, count: int) -> None:
@@ -198,6 +199,7 @@ def test_no_text_is_lost(source: str) -> None:
     assert letters(shown([plain]).text) == letters(plain)
 
 
+@pytest.mark.slow
 def test_what_a_paragraph_says_is_what_markdown_it_says() -> None:
     chance = random.Random(5)  # noqa: S311 - the same every time
     parts = ["*", "**", "`", "_", " ", "a", "bc ", "d, ", "~", "\\*", "[x](y)"]
@@ -271,6 +273,7 @@ BEFORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LONG)
 def test_work_grows_with_the_length_of_a_reply_and_not_with_its_square(
     monkeypatch: pytest.MonkeyPatch, kind: str
@@ -287,6 +290,7 @@ def test_work_grows_with_the_length_of_a_reply_and_not_with_its_square(
     assert works[1] <= 5 * works[0]  # four times the length
 
 
+@pytest.mark.slow
 def test_depth_and_columns_have_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     deep = "".join(f"{'  ' * depth}- {'> ' * depth}item\n" for depth in range(150))
     quoted = "".join(f"{'>' * depth} text\n\n" for depth in range(150))
@@ -323,6 +327,7 @@ def styled(source: str, text: str) -> str:
     return styles[-1]
 
 
+@pytest.mark.slow
 def test_code_is_coloured_by_what_comes_before_it() -> None:
     documented = '```python\ndef f():\n    """\n' + "    many words of a docstring\n" * 80
     after = '    """\n    return 1\n'

@@ -50,6 +50,7 @@ def test_a_folder_stays_plain_where_the_command_cannot_go_on(
     assert not encryption.is_encrypted(home)
 
 
+@pytest.mark.slow
 def test_a_chat_with_a_model_that_is_here_encrypts(home: Path) -> None:
     arguments = ["chat", "--encrypt", "-m", "reference", "--name", "map", "--max-tokens", "4"]
     result = CliRunner().invoke(app, arguments, input="hello\n", catch_exceptions=False)

@@ -45,6 +45,7 @@ def spoken(tmp_path: Path) -> Path:
     return write_random_model(tmp_path / "experts.gguf", WITH_EXPERTS, vocabulary_of=letters)
 
 
+@pytest.mark.slow
 def test_llama_runs_what_openvino_does_not_and_one_line_says_so(
     spoken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +55,7 @@ def test_llama_runs_what_openvino_does_not_and_one_line_says_so(
     assert said.count("runs on llama.cpp (CPU), because OpenVINO does not read it.") == 1
 
 
+@pytest.mark.slow
 def test_what_was_asked_for_is_not_said(spoken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ModelOptions(kv_disk="0", runtime="llama", kv_type="f32", gpu_layers="0")
     with options.load(str(spoken)) as model:
@@ -89,6 +91,7 @@ def test_options_of_llama_are_refused_elsewhere() -> None:
         ModelOptions(gpu_layers="3").load("reference")
 
 
+@pytest.mark.slow
 def test_a_device_is_refused_where_nothing_can_run_on_it(spoken: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no device 'Metal' here: it has CPU"):
         ModelOptions(device="Metal").load(str(spoken))
@@ -119,6 +122,7 @@ def test_no_card_counts_where_the_processor_was_asked_for(monkeypatch: pytest.Mo
     assert [which_llama(one) for one in (None, "CUDA0", "CPU")] == ["quicker", "quicker", "there"]
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_unpacked_are_refused_with_both_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +136,7 @@ def test_weights_that_do_not_fit_unpacked_are_refused_with_both_sizes(
         load_runtime(local, RunOptions(profile="exact", home=tmp_path / "home"))
 
 
+@pytest.mark.slow
 def test_openvino_alone_refuses_what_it_does_not_read(spoken: Path, home: Path) -> None:
     with pytest.raises(UnsupportedModelError):
         ModelOptions(runtime="openvino").load(str(spoken))

@@ -46,6 +46,7 @@ def shown(chat: Chat) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_the_second_chat_says_that_it_goes_on_as_a_branch(two: tuple[Chat, Chat]) -> None:
     first, second = two
     handle_line(first, "first")
@@ -119,6 +120,7 @@ def numbers(text: str) -> dict[str, str]:
     return {one[2]: one[1] for one in found if one is not None}
 
 
+@pytest.mark.slow
 def test_a_reply_has_one_number_wherever_it_is_shown(
     home: Path, model: Model, make_model: Callable[..., Model]
 ) -> None:
@@ -146,6 +148,7 @@ def test_a_reply_has_one_number_wherever_it_is_shown(
         assert asked.content == said
 
 
+@pytest.mark.slow
 def test_a_reply_keeps_its_number_whatever_came_between(home: Path, model: Model) -> None:
     chat = Chat(
         model,

@@ -68,6 +68,7 @@ def test_what_cannot_be_read_is_refused(document: Path, tmp_path: Path) -> None:
     assert "leave one of them out" in fail(ConfigError, "chat", *REFERENCE, *both)
 
 
+@pytest.mark.slow
 def test_commands_that_prove_and_measure_write_no_kv(home: Path) -> None:
     run("rewind-test", *REFERENCE)
     run("verify", *REFERENCE, "-n", "5")

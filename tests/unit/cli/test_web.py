@@ -35,7 +35,7 @@ def answers() -> Iterator[tuple[dict[str, bytes], int]]:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=[0.01], daemon=True)
         thread.start()
         yield said, server.server_port
         server.shutdown()

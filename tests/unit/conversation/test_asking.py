@@ -72,6 +72,7 @@ def test_a_stream_that_nobody_reads_leaves_no_question_when_the_next_one_is_aske
     assert model.resume("trains").transcript() == chat.transcript()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("then", ["one", "other", None])
 def test_a_question_whose_reply_was_cut_off_is_answered_or_replaced(
     model: Model, make_model: Callable[..., Model], then: str | None
@@ -115,6 +116,7 @@ def test_a_conversation_that_is_not_kept_is_in_no_journal(model: Model, path: Pa
     assert model.sessions() == []
 
 
+@pytest.mark.slow
 def test_a_second_chat_goes_on_as_a_branch_with_a_name(model: Model) -> None:
     model.session(params=SHORT, name="trains").respond("one")
     first, second = (model.resume("trains", params=SHORT) for _ in range(2))
@@ -177,6 +179,7 @@ def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+@pytest.mark.slow
 def test_threads_that_wait_for_a_held_journal_fail_together_and_not_one_after_the_other(
     make_model: Callable[..., Model], tmp_path: Path
 ) -> None:

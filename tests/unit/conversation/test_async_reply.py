@@ -94,6 +94,7 @@ def test_the_next_question_waits_though_a_thread_still_knows_what_it_began(
     check(model)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("seconds", [0.0, 0.001, 0.02, 0.1])
 def test_a_task_that_is_cancelled_ends_the_reply(
     chat: Session, model: Model, seconds: float
@@ -155,6 +156,7 @@ def test_errors_are_those_of_a_thread(chat: Session, model: Model) -> None:
     check(model)
 
 
+@pytest.mark.slow
 def test_ending_a_reply_twice_waits_for_its_end(
     chat: Session, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +188,7 @@ def test_ending_a_reply_twice_waits_for_its_end(
     check(model)
 
 
+@pytest.mark.slow
 def test_a_task_that_is_cancelled_twice_while_its_reply_begins_waits_for_that(
     chat: Session, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +265,7 @@ ASKED: dict[str, Callable[[Session, SamplingParams], Coroutine[Any, Any, Any]]] 
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("cancel", [_by_timeout, _by_a_sibling, _twice])
 def test_however_a_task_ends_early_nothing_is_left_and_the_session_is_free(

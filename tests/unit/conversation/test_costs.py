@@ -71,6 +71,7 @@ def test_what_was_evicted_has_to_be_computed(make_model: Callable[..., Model]) -
     assert after.seconds > (before.seconds or 0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("nothing_read_ahead")  # which would be in memory again
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
 def test_what_is_on_disk_is_told_apart(
@@ -119,6 +120,7 @@ def test_public_prefixes_count_as_warm(make_model: Callable[..., Model]) -> None
     assert exact(model, session, session.tip) == (cost.in_memory, cost.tokens)
 
 
+@pytest.mark.slow
 def test_where_a_template_rewrites_history_what_is_not_exact_says_so(
     make_model: Callable[..., Model],
 ) -> None:
@@ -192,6 +194,7 @@ def hashes(monkeypatch: pytest.MonkeyPatch) -> Counted:
     return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", [0, 400])
 def test_a_large_tree_costs_a_few_renderings_and_each_token_once(
     make_model: Callable[..., Model], renderings: Counted, hashes: Counted, branches: int
@@ -225,6 +228,7 @@ def test_a_page_costs_its_own_nodes_and_those_before_them(
     assert costs.work.encoded < 20_000
 
 
+@pytest.mark.slow
 def test_what_is_known_of_a_tree_is_encoded_once(
     make_model: Callable[..., Model], renderings: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +247,7 @@ def test_what_is_known_of_a_tree_is_encoded_once(
     assert found == Costs(model).of(page)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_read_ahead")  # which would go on between the two
 def test_what_is_known_of_a_tree_says_nothing_of_where_kv_is(
     make_model: Callable[..., Model],

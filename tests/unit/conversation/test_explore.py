@@ -450,6 +450,7 @@ def test_leaving_the_loop_ends_the_rest(chat: Session, model: Model) -> None:
     assert [one for one in chat.conversation.tips if one != "main"] == ["explore-1"]
 
 
+@pytest.mark.slow
 def test_close_waits_for_a_reply_that_another_thread_ends(
     kept: Session, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -566,6 +567,7 @@ def test_a_task_that_is_cancelled_ends_the_engines_work(kept: Session, model: Mo
     assert rows(model) == before
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_closed_early_ends_the_engines_work(kept: Session, model: Model) -> None:
     """Nothing runs on that loop any more, so nobody could close what is read on it."""
     before, loop = rows(model), asyncio.new_event_loop()

@@ -51,6 +51,7 @@ class Heard:
             return found()
 
 
+@pytest.mark.slow
 def test_a_hook_is_called_with_what_happens_on_the_feeds_thread(
     make_model: Callable[..., Model],
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_reply_that_is_left_is_told_to_be_over(make_model: Callable[..., Model
     assert completed.data["finish_reason"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_an_encrypted_home_tells_names_and_texts_to_those_with_the_key(tmp_path: Path) -> None:
     cipher, heard = Cipher(bytes(32)), Heard()
     watched = Feed(tmp_path, cipher)
@@ -210,6 +212,7 @@ def test_a_hook_that_ends_itself_is_not_called_again(tmp_path: Path) -> None:
     assert [event.data["job"] for event in heard.events] == [0]
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_slow_holds_nothing_and_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +233,7 @@ def test_a_reader_that_is_slow_holds_nothing_and_is_told_so(
     watched.close()
 
 
+@pytest.mark.slow
 def test_where_more_is_told_than_can_be_taken_readers_are_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +366,7 @@ def test_nothing_is_kept_where_nobody_watches(
     assert heard.events == []
 
 
+@pytest.mark.slow
 def test_to_watch_makes_no_journal(tmp_path: Path) -> None:
     watched = Feed(tmp_path, None)
     watched.on_event(lambda _: None)
@@ -394,6 +399,7 @@ def calls() -> Iterator[Calls]:
     threading.setprofile(before)
 
 
+@pytest.mark.slow
 def test_fifty_watchers_cost_the_engines_thread_nothing(
     make_model: Callable[..., Model], calls: Calls
 ) -> None:

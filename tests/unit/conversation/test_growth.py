@@ -82,6 +82,7 @@ def test_twenty_thousand_stateless_chats_on_one_system_prompt(model: Model) -> N
     assert alive(Conversation) - others[Conversation] < 5
 
 
+@pytest.mark.slow
 def test_a_chat_of_a_thousand_messages_costs_the_same_each_turn_wherever_it_hangs(
     model: Model,
 ) -> None:

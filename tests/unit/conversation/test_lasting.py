@@ -61,6 +61,7 @@ def test_a_name_is_taken_once_and_a_branch_that_is_not_there_is_refused(model: M
         model.resume("trains", tip="idea")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("broken", ["begin", "the question", "the reply"])
 def test_a_turn_that_cannot_be_kept_leaves_the_conversation_as_it_was_and_the_session_free(
     model: Model, monkeypatch: pytest.MonkeyPatch, broken: str

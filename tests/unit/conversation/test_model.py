@@ -90,6 +90,7 @@ def test_memory_for_blocks_without_a_lane_is_refused() -> None:
         pool_size(info, 1419)
 
 
+@pytest.mark.slow
 def test_memory_that_the_system_does_not_give_is_said(tmp_path: Path) -> None:
     """As in a container that may use less than the machine has."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30));"
@@ -121,6 +122,7 @@ def test_the_reference_model_needs_no_weights(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_loads_of_one_model_have_one_fingerprint_and_give_the_same_reply(
     tmp_path: Path,
 ) -> None:
@@ -173,6 +175,7 @@ def test_a_budget_that_holds_nothing_is_refused(tmp_path: Path) -> None:
         recollect.load("reference", home=tmp_path, kv_disk=1000)
 
 
+@pytest.mark.slow
 def test_another_process_is_warmed_by_this_one(tmp_path: Path) -> None:
     """And the other way round: both have the store open at once."""
     script = (
@@ -197,6 +200,7 @@ def test_another_process_is_warmed_by_this_one(tmp_path: Path) -> None:
         assert other() == [computed - 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_disk_that_is_really_full_costs_one_warning_and_nothing_else(tmp_path: Path) -> None:
     """No file may grow beyond 300 kB: what LMDB then gets is what a full disk gives it."""
@@ -220,6 +224,7 @@ def test_a_disk_that_is_really_full_costs_one_warning_and_nothing_else(tmp_path:
     assert "make room" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_kv_on_disk_nothing_is_written_and_on_a_full_disk_what_is_there_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,7 @@ def test_what_was_rewritten_is_read_once_and_later_replies_are_kept() -> None:
 CONTENT = st.text("ab \n<>é/", max_size=8)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(replies=st.lists(CONTENT, max_size=4), said=CONTENT)
 def test_whatever_the_template_does_the_ids_say_what_it_says(
@@ -420,6 +421,7 @@ def controls(ids: Sequence[int]) -> list[int]:
     return [token_id for token_id in ids if token_id in CONTROL_IDS]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", GUARDED)
 @given(said=st.lists(SPOKEN, min_size=5, max_size=5))
 def test_only_the_template_writes_control_tokens(name: str, said: list[str]) -> None:
@@ -447,6 +449,7 @@ def test_only_the_template_writes_control_tokens(name: str, said: list[str]) -> 
 ORDINARY = st.text('ab <>|/s\n"é', max_size=12).filter(lambda text: "<|" not in text)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", GUARDED)
 @given(said=st.lists(ORDINARY, min_size=4, max_size=4))
 def test_what_has_no_control_token_is_encoded_in_one_piece(name: str, said: list[str]) -> None:
@@ -648,6 +651,7 @@ def long_history(replies: int) -> list[Node]:
     return conversation([*said, ("user", "More?")])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", sorted({*TEMPLATES} - {"upper", "twice"}))  # which show no reply
 def test_a_long_history_is_the_same_prompt_after_a_restart_as_before(name: str) -> None:
     """What led to each reply is known before, and told from a few of them afterwards."""
@@ -659,6 +663,7 @@ def test_a_long_history_is_the_same_prompt_after_a_restart_as_before(name: str) 
     assert PromptEncoder(template, ByteTokenizer()).encode(path) == warm.encode(path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["plain", "opens", "opens_and_closes", "keeps_last_reasoning"])
 def test_a_long_history_is_rendered_in_time_in_line_with_its_length(name: str) -> None:
     rendered = []

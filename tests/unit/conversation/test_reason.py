@@ -183,6 +183,7 @@ def test_what_was_evicted_is_named(make_model: Callable[..., Model]) -> None:
     assert 0 < said.lost_tokens < said.computed_tokens, "the new message was not lost"
 
 
+@pytest.mark.slow
 def test_instructions_that_were_evicted_are_named_before_any_reply(
     make_model: Callable[..., Model],
 ) -> None:

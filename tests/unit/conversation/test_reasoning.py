@@ -131,6 +131,7 @@ OPENS_AND_DROPS: Final = DROPS.replace(
 )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("template", [DROPS, OPENS_AND_DROPS])
 def test_a_next_turn_begins_before_what_is_dropped_where_kv_cannot_be_cut(
     template: str, make_model: Callable[..., Model], answer: Answer
@@ -163,6 +164,7 @@ def test_a_client_that_changes_reasoning_is_read_as_it_says(
     assert session.respond(None, params=says("Yes")).usage.reused_tokens > 0
 
 
+@pytest.mark.slow
 def test_reasoning_is_saved_and_found_after_a_restart(
     make_model: Callable[..., Model],
     open_store: Callable[..., DiskStore],

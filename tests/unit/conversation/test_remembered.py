@@ -92,6 +92,7 @@ def test_without_a_disk_nothing_is_remembered(
     assert not (tmp_path / "home" / "kv").exists()
 
 
+@pytest.mark.slow
 def test_a_call_that_comes_back_as_an_object_is_what_the_model_wrote(load: Load) -> None:
     pytest.importorskip("llguidance")
     clock = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}

@@ -384,6 +384,7 @@ def test_an_event_loop_reads_a_reply_which_is_kept_as_a_turn(
     check_as_fresh(chat, "two")
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_forgotten_does_not_block_the_session(chat: Session) -> None:
     chat.stream("one")
     gc.collect()
@@ -684,6 +685,7 @@ def test_a_model_that_is_closed_while_it_replies_keeps_what_was_given_out(
     assert chat.tip.finish_reason == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_forgotten_session_leaves_its_blocks_to_others(model: Model) -> None:
     chat = model.session(SYSTEM, params=SHORT)
     chat.respond("one")
@@ -808,6 +810,7 @@ def test_a_prewarm_is_dropped_for_free(chat: Session) -> None:
     assert chat.respond("typed at last").usage.awaited_tokens == len("t lastE\nSassistant\n")
 
 
+@pytest.mark.slow
 def test_what_is_pinned_survives_whatever_else_needs_room(make_model: Callable[..., Model]) -> None:
     model = make_model(num_blocks=40)
     pinned, other = (model.session(text, params=SHORT) for text in ("pinned " * 8, "other " * 8))

@@ -120,6 +120,7 @@ def can_be_written(form: ToolFormat, given: Mapping[str, Any]) -> bool:
     return not any("</" in text for text in (str(given.get("city")), json.dumps(given)))
 
 
+@pytest.mark.few(4)
 @ALL
 @given(given_=ARGUMENTS)
 @settings(max_examples=25)
@@ -142,6 +143,7 @@ def test_what_the_grammar_lets_be_written_is_found_as_the_same_call(
     assert called(form, text) == [ordered]
 
 
+@pytest.mark.few(10)
 @ALL
 def test_what_does_not_follow_the_schema_cannot_be_written(
     name: str, fits: Callable[[Tools, ToolFormat, str], bool]
@@ -158,6 +160,7 @@ def test_what_does_not_follow_the_schema_cannot_be_written(
         assert fits(Tools.of(TOOLS, "none"), form, "Hello.")
 
 
+@pytest.mark.few(10)
 @ALL
 def test_several_calls_come_after_text(
     name: str, fits: Callable[[Tools, ToolFormat, str], bool]
@@ -173,6 +176,7 @@ def test_several_calls_come_after_text(
         assert not fits(Tools.of(TOOLS, "required", parallel=False), form, two)
 
 
+@pytest.mark.few(10)
 @ALL
 def test_a_call_without_arguments_is_one(
     name: str, fits: Callable[[Tools, ToolFormat, str], bool]
@@ -183,6 +187,7 @@ def test_a_call_without_arguments_is_one(
     assert read(form, text) == ("", [("clock", "{}")])
 
 
+@pytest.mark.few(3)
 @ALL
 def test_wherever_a_reply_is_cut_its_call_is_no_text_and_stream_and_whole_agree(name: str) -> None:
     form = FORMATS[name]
@@ -207,6 +212,7 @@ def test_wherever_a_reply_is_cut_its_call_is_no_text_and_stream_and_whole_agree(
             assert not any(isinstance(one, CallEnded) for one in told), text[:length]
 
 
+@pytest.mark.few(5)
 @ALL
 @given(cuts=st.lists(st.integers(0, 400), max_size=12))
 def test_the_pieces_do_not_matter(name: str, cuts: Sequence[int]) -> None:
@@ -221,6 +227,7 @@ def test_the_pieces_do_not_matter(name: str, cuts: Sequence[int]) -> None:
     assert (said.strip(), json.loads(given_)) == ("Hm.", PARIS)
 
 
+@pytest.mark.few(21)
 @ALL
 @pytest.mark.parametrize(
     "text", ["", "Hi. ", "a < b [x](y)", "{}", "[1, 2]", "So `<tool` and [TOOL are text.\n\n{\n"]
@@ -244,6 +251,7 @@ def seconds(form: ToolFormat, text: str, letters: int) -> float:
     return best
 
 
+@pytest.mark.few(1)
 @ALL
 def test_finding_a_long_call_takes_time_in_line_with_its_length(name: str) -> None:
     form = FORMATS[name]
@@ -254,6 +262,7 @@ def test_finding_a_long_call_takes_time_in_line_with_its_length(name: str) -> No
     assert long < 8 * short * 3, (short, long)
 
 
+@pytest.mark.few(1)
 @ALL
 def test_many_calls_in_one_piece_are_found_as_fast_as_in_many(name: str) -> None:
     form = FORMATS[name]

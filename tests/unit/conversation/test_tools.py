@@ -150,6 +150,7 @@ def required(model: Model, **kwargs: Any) -> Session:
     return model.session("Help.", params=WILD, tools=TOOLS, tool_choice="required", **kwargs)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("choice", ["auto", "required", "second"])
 @pytest.mark.parametrize(
     "parameters",
@@ -447,6 +448,7 @@ def test_other_tools_are_the_reason_and_named(model: Model) -> None:
     assert usage.reason == "new"
 
 
+@pytest.mark.slow
 def test_what_tools_have_to_do_with_is_kept(model: Model) -> None:
     chat = required(model, name="kept")
     first = chat.respond("What now?")

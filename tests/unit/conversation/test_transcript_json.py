@@ -84,6 +84,7 @@ def test_what_is_no_session_is_refused(model: Model, text: str) -> None:
         model.session_from_json(text)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "wrong",
     ["x" * 100_000, 10**4000, ["x" * 1000] * 1000, {"x": "x" * 9999}],

@@ -26,6 +26,7 @@ def pinned(model: Model) -> list[str]:
     return [pin.name for pin in model.engine.tier.store.pins()]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
 def test_a_later_session_reads_only_what_follows(
     make_model: MakeModel, open_store: Open, whole_blocks_only: bool

@@ -129,6 +129,7 @@ def test_what_was_dropped_is_not_found() -> None:
     assert index.tokens == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["one token", "pairs", "random"])
 def test_work_does_not_grow_with_what_is_known(kind: str) -> None:
     """Counted: comparisons of a look-up after 1,000 tokens, and after 40,000."""
@@ -158,6 +159,7 @@ def test_adding_touches_nothing_that_is_known() -> None:
     assert index.tokens == 20_000
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_token_is_what_is_counted() -> None:
     dice = dice_of(5)
     ids = [dice.randrange(50_000) for _ in range(50_000)]  # no pair comes twice

@@ -401,6 +401,7 @@ def test_a_stale_block_is_seen(
     assert not same(sequence.logits, fresh_logits(sequence.token_ids))
 
 
+@pytest.mark.slow
 def test_a_leak_is_seen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.pool, "drop", lambda _: None)
     sequence = appended(engine, ids_of(6))

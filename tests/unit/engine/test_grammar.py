@@ -169,6 +169,7 @@ def test_a_grammar_that_ends_up_nowhere_is_the_callers_mistake(grammars: Grammar
         state.allowed(list(b"["))
 
 
+@pytest.mark.slow
 def test_a_schema_with_too_many_choices_at_one_place_is_not_the_replys_fault(
     grammars: Grammars,
 ) -> None:
@@ -370,6 +371,7 @@ def test_sampling_anew_at_the_same_place_gives_the_same_reply(
     assert to_end(generator) == reply
 
 
+@pytest.mark.slow
 def test_large_grammars_are_kept_by_their_bytes(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_cycle_of_marks_that_counts_goes_on(period: int) -> None:
     assert end_of(tokens) is None
 
 
+@pytest.mark.slow
 def test_random_tokens_go_on() -> None:
     """Text without repetition is never ended, however long it is, and what is held stays bounded."""
     chosen = random.Random(0)  # noqa: S311 - tokens, no secrets

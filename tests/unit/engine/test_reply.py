@@ -515,6 +515,7 @@ def test_a_reply_that_only_repeats_itself_is_ended() -> None:
     assert text == reply.text == Pieces().decode(CYCLE[: reply.usage.generated_tokens])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "params",
     [SamplingParams(end_repetition=False), SamplingParams(ignore_eos=True, max_tokens=1500)],
@@ -529,6 +530,7 @@ def test_whoever_wants_repetition_gets_it(params: SamplingParams) -> None:
     assert not generation.ran_away
 
 
+@pytest.mark.slow
 def test_a_generator_goes_on_through_repetition() -> None:
     """Its caller decides about each token."""
     _, generator = repeating()

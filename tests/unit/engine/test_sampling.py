@@ -93,6 +93,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("draws", [600, pytest.param(6000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_draws_follow_the_plain_distribution(case: dict[str, Any], draws: int) -> None:
@@ -117,6 +118,7 @@ def test_greedy_takes_the_best_after_bias_and_penalties(case: dict[str, Any]) ->
         assert draw(logits, params, history, 3, 1) == {expected: 1}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("top_p", "spread"), [(0.2, 0.0), (0.9, 0.01), (0.999, 1e-4)])
 def test_top_p_of_a_flat_distribution_keeps_as_many_as_hold_the_mass(
     top_p: float, spread: float
@@ -309,6 +311,7 @@ def test_a_draw_falls_where_a_softmax_in_double_precision_has_it(
         assert before - 1e-6 <= number <= sums[token] + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

@@ -281,6 +281,7 @@ def test_releasing_a_fork_leaves_the_other_its_kv(
     assert same(sequence.logits, fresh_logits([1, 2, 3, 4, 5, 6]))
 
 
+@pytest.mark.slow
 def test_a_forgotten_sequence_gives_its_blocks_back(engine: Engine) -> None:
     computed(engine, [1] * 9)
     gc.collect()

@@ -327,6 +327,7 @@ def test_without_work_the_thread_ends_and_the_next_work_starts_another(
     assert len(Talk(engine, ids_of(9), 3).tokens()) == 3
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_dropped_goes_without_being_closed(
     make_engine: Callable[..., Engine], faults: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +350,7 @@ def test_an_engine_that_is_dropped_goes_without_being_closed(
     assert gone() is None
 
 
+@pytest.mark.slow
 def test_a_forgotten_sequence_is_not_kept_alive_by_the_thread(engine: Engine) -> None:
     sequence = appended(engine, [1] * 9)
     engine.compute([sequence])
@@ -617,6 +619,7 @@ def test_results_before_a_failure_are_read_and_the_failure_is_told(engine: Engin
         task.wait()
 
 
+@pytest.mark.slow
 def test_a_history_can_be_read_while_the_engine_appends_to_it(
     make_engine: Callable[..., Engine],
 ) -> None:

@@ -195,6 +195,7 @@ def test_flipped_bits_change_no_reply(
     witness.close()
 
 
+@pytest.mark.slow
 def test_truncated_and_swapped_values_are_misses(
     make_engine: Make, open_store: Open, warm_disk: list[int], fresh_logits: Any
 ) -> None:
@@ -438,6 +439,7 @@ def test_what_is_kept_on_purpose_is_tried_although_the_disk_was_full(
     assert all(block.on_disk for block in match[-1].path())
 
 
+@pytest.mark.slow
 def test_a_small_budget_holds_what_it_can(
     make_engine: Make, open_store: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -493,6 +495,7 @@ def test_a_store_that_cannot_be_written_is_read(
     assert "can be read and not written" in caplog.text
 
 
+@pytest.mark.slow
 def test_flushes_wait_and_do_not_wake_each_other(
     make_engine: Make, open_store: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ def begin(journal: Journal) -> int:
     return journal.create(model="smollm2", fingerprint="f00d").id
 
 
+@pytest.mark.slow
 def test_messages_have_their_numbers_whatever_they_follow(tmp_path: Path) -> None:
     draw = random.Random(5)  # noqa: S311 - of a test
     with Journal.open(tmp_path / JOURNAL_NAME) as journal:
@@ -59,6 +60,7 @@ def test_a_search_and_a_change_call_a_message_alike(tmp_path: Path) -> None:
         assert names == {node_id: response_item(hit.node_label)}
 
 
+@pytest.mark.slow
 def test_reading_changes_does_not_get_slower_with_the_conversation(tmp_path: Path) -> None:
     """What is counted are steps of SQLite's machine, so that the load of this one does not matter."""
     path = tmp_path / JOURNAL_NAME
@@ -89,6 +91,7 @@ def _steps(path: Path, after: int) -> int:
     return taken
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_read_again_after_every_kind_of_change_and_only_then(tmp_path: Path) -> None:
     """What is kept of it is the same object; what a change leaves is what a fresh reading gives."""
     with Journal.open(tmp_path / JOURNAL_NAME) as journal, Journal.open(journal.path) as other:

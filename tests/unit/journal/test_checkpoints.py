@@ -53,6 +53,7 @@ def test_a_checkpoint_says_where_it_stands_and_what_it_takes(warm: Model) -> Non
     assert warm.checkpoints() == [made]
 
 
+@pytest.mark.slow
 def test_after_a_restart_one_comes_back_to_it_and_reads_nothing_again(
     make_model: MakeModel, open_store: Open
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_name_that_is_taken_is_refused_and_keeps_what_it_had(warm: Model) -> N
     assert warm.checkpoints() == [made]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["", " x", "-x", "a\nb"])
 def test_what_is_no_name_is_refused(warm: Model, name: str) -> None:
     with pytest.raises(ConversationError, match="checkpoint"):
@@ -143,6 +145,7 @@ def test_without_room_on_disk_there_is_none(model: Model) -> None:
         model.checkpoints()
 
 
+@pytest.mark.slow
 def test_it_survives_when_all_else_is_given_up(warm: Model) -> None:
     session = talk(warm, "one", "two")
     made = session.checkpoint("here")
@@ -169,6 +172,7 @@ def test_what_was_evicted_from_disk_unnoticed_is_written_again(warm: Model) -> N
     assert made.stored_tokens == made.tokens
 
 
+@pytest.mark.slow
 def test_no_more_is_pinned_than_leaves_room_for_others(
     make_model: MakeModel, open_store: Open
 ) -> None:
@@ -189,6 +193,7 @@ def test_drop_refuses_what_is_no_checkpoint(warm: Model) -> None:
     assert [made.name for made in warm.checkpoints()] == ["here"]
 
 
+@pytest.mark.slow
 def test_with_a_conversation_go_its_checkpoints(warm: Model) -> None:
     talk(warm, "one").checkpoint("here")
     talk(warm, "two", name="other").checkpoint("there")

@@ -57,6 +57,7 @@ def readable(home: Path) -> Iterator[str]:
             yield file.name
 
 
+@pytest.mark.slow
 def test_encrypting_leaves_nothing_to_read_and_everything_to_resume(home: Path) -> None:
     assert sorted(readable(home)) == [JOURNAL_NAME, "data.mdb", config.HISTORY_NAME]
     cipher = recollect.encrypt(home, passphrase="open sesame")
@@ -82,6 +83,7 @@ def test_encrypting_leaves_nothing_to_read_and_everything_to_resume(home: Path) 
     assert list(readable(home)) == []
 
 
+@pytest.mark.slow
 def test_checkpoints_stay_as_places_and_warm_texts_go(home: Path) -> None:
     cipher = recollect.encrypt(home, passphrase="open sesame")
     with recollect.load("reference", home=home, cipher=cipher) as model:
@@ -100,6 +102,7 @@ def test_checkpoints_stay_as_places_and_warm_texts_go(home: Path) -> None:
         assert [made.name for made in model.checkpoints()] == ["before the plan"]
 
 
+@pytest.mark.slow
 def test_the_places_that_stay_do_not_name_what_was_plain(home: Path) -> None:
     """With the plain name of a place whoever has the file could check all that was said up to it."""
     with closing(open_existing(home / STORE_FOLDER, None)) as store:
@@ -110,6 +113,7 @@ def test_the_places_that_stay_do_not_name_what_was_plain(home: Path) -> None:
     assert not any(tail in content or tail.hex().encode() in content for tail in tails)
 
 
+@pytest.mark.slow
 def test_stores_that_were_put_aside_go_too(home: Path) -> None:
     shutil.copytree(home / STORE_FOLDER, home / f"{STORE_FOLDER}.damaged-20260101T000000")
     (home / STORE_FOLDER / "data.mdb").write_bytes(b"something else" * 1000)
@@ -119,6 +123,7 @@ def test_stores_that_were_put_aside_go_too(home: Path) -> None:
     assert not (home / STORE_FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_the_environment_unlocks_a_folder_for_the_library(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +135,7 @@ def test_the_environment_unlocks_a_folder_for_the_library(
         assert [info.name for info in model.sessions()] == ["secret plan"]
 
 
+@pytest.mark.slow
 def test_a_cipher_of_another_folder_is_refused(home: Path, tmp_path: Path) -> None:
     other = recollect.encrypt(tmp_path / "other", passphrase="open sesame")
     with pytest.raises(ConfigError, match="not encrypted"):
@@ -147,6 +153,7 @@ def test_what_is_refused_changes_nothing(home: Path) -> None:
     assert {file: file.read_bytes() for file in home.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_encrypting_again_needs_the_same_passphrase(home: Path) -> None:
     cipher = recollect.encrypt(home, passphrase="open sesame")
     again = recollect.encrypt(home, passphrase="open sesame")
@@ -155,6 +162,7 @@ def test_encrypting_again_needs_the_same_passphrase(home: Path) -> None:
         recollect.encrypt(home, passphrase="wrong")
 
 
+@pytest.mark.slow
 def test_what_broke_off_is_finished_by_encrypting_again(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +203,7 @@ def test_a_cache_that_cannot_be_deleted_is_told_before_anything_is_encrypted(
         assert [info.name for info in journal.conversations()] == ["secret plan"]
 
 
+@pytest.mark.slow
 def test_a_new_folder_is_encrypted_from_its_first_turn(tmp_path: Path) -> None:
     cipher = recollect.encrypt(tmp_path / "new", passphrase="open sesame")
     with recollect.load("reference", home=tmp_path / "new", cipher=cipher) as model:
@@ -219,6 +228,7 @@ def test_kv_comes_back_from_an_encrypted_disk_and_not_with_another_key(tmp_path:
     assert list(readable(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_encrypting_again_removes_what_an_open_chat_or_a_damaged_store_has_left(
     home: Path,
 ) -> None:
@@ -233,6 +243,7 @@ def test_encrypting_again_removes_what_an_open_chat_or_a_damaged_store_has_left(
     assert not aside.exists()
 
 
+@pytest.mark.slow
 def test_without_the_file_that_names_the_key_the_remedy_is_that_file(home: Path) -> None:
     recollect.encrypt(home, passphrase="open sesame")
     copy = (home / encryption.KEY_FILE).read_bytes()
@@ -253,6 +264,7 @@ def test_without_the_file_that_names_the_key_the_remedy_is_that_file(home: Path)
         assert journal.load("secret plan").nodes[0].content == SAID
 
 
+@pytest.mark.slow
 def test_encrypting_again_removes_kv_that_a_program_without_the_key_has_kept(home: Path) -> None:
     cipher = recollect.encrypt(home, passphrase="open sesame")
     with recollect.load("reference", home=home, cipher=cipher) as model:
@@ -268,6 +280,7 @@ def test_encrypting_again_removes_kv_that_a_program_without_the_key_has_kept(hom
         assert [made.name for made in model.checkpoints()] == ["again", "before the plan"]
 
 
+@pytest.mark.slow
 def test_encrypting_again_removes_a_store_of_which_nobody_can_tell_what_it_holds(
     home: Path,
 ) -> None:

@@ -195,6 +195,7 @@ def test_what_was_deleted_cannot_be_found_in_the_file(path: Path) -> None:
             assert b"lighthouse" not in file.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_long_conversation_can_be_deleted(journal: Journal) -> None:
     """A chain longer than SQLite lets one deletion follow from another."""
     chat = create(journal, "long")
@@ -360,12 +361,14 @@ def fill(path: Path, turns: int = 50) -> None:
             journal.append(chat, None, turn(f"question {number}", "word " * 100, number))
 
 
+@pytest.mark.slow
 def test_a_file_of_a_newer_version_is_refused_and_left_alone(path: Path) -> None:
     fill(path)
     sql(path, "PRAGMA user_version = 99")
     assert "version 99" in refused(path, StoreVersionError)
 
 
+@pytest.mark.slow
 def test_a_newer_version_is_seen_where_only_the_log_says_so(path: Path, tmp_path: Path) -> None:
     """As a process leaves it that was killed just after it had migrated the file."""
     fill(path)
@@ -395,6 +398,7 @@ def no_header(data: bytes) -> bytes:
     return bytes(100) + data[100:]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", [cut, blank_pages, garbage, no_header])
 def test_a_damaged_file_is_refused_and_left_alone(
     path: Path, how: Callable[[bytes], bytes]
@@ -483,6 +487,7 @@ def test_a_place_where_no_file_can_be_is_a_store_error(tmp_path: Path) -> None:
             Journal.open(path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("statement", "problem"),
     [
@@ -509,6 +514,7 @@ def test_check_finds(path: Path, statement: str, problem: str) -> None:
         assert any(found.startswith(problem) for found in journal.check())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "statement",
     [
@@ -538,6 +544,7 @@ def break_down(connection: sqlite3.Connection) -> None:
     raise sqlite3.OperationalError("injected")
 
 
+@pytest.mark.slow
 def test_an_older_file_is_brought_to_the_newest_version(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -683,6 +690,7 @@ def in_threads(*jobs: Callable[[], object]) -> None:
             future.result()
 
 
+@pytest.mark.slow
 def test_threads_share_a_journal_and_lose_nothing(journal: Journal) -> None:
     chat = create(journal)
     written: dict[int, list[list[int]]] = {number: [] for number in range(4)}
@@ -705,6 +713,7 @@ def test_threads_share_a_journal_and_lose_nothing(journal: Journal) -> None:
         assert {node.content for node in path if node.role == "user"} == {f"{number}"}
 
 
+@pytest.mark.slow
 def test_threads_that_open_a_new_file_at_once_all_get_it(path: Path) -> None:
     opened: list[Journal] = []
     try:
@@ -741,6 +750,7 @@ def test_a_file_that_another_process_makes_meanwhile_is_no_foreign_one(
     assert tried
 
 
+@pytest.mark.slow
 def test_names_that_are_chosen_at_once_are_all_different(path: Path) -> None:
     """Each looks what is taken before it writes: somebody else must not write in between."""
 

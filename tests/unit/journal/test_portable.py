@@ -78,6 +78,7 @@ def test_elsewhere_only_what_is_new_is_computed_and_the_reply_is_the_cold_one(
     assert list(here.engine.tier.store.problems()) == []
 
 
+@pytest.mark.slow
 def test_an_encrypted_store_takes_it_under_names_of_its_own(
     make_model: MakeModel, tmp_path: Path, file: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_an_encrypted_store_takes_it_under_names_of_its_own(
     assert list(store.problems()) == []
 
 
+@pytest.mark.slow
 def test_all_branches_of_the_text_come_back(
     make_model: MakeModel, open_at: OpenAt, tmp_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def test_all_branches_of_the_text_come_back(
     assert portable.token_ids == model.resume("poem", tip="idea").typed_ids()
 
 
+@pytest.mark.slow
 def test_the_free_slots_of_the_last_block_hold_nothing_of_another_conversation(
     make_model: MakeModel, open_at: OpenAt, tmp_path: Path
 ) -> None:
@@ -126,6 +129,7 @@ def test_the_free_slots_of_the_last_block_hold_nothing_of_another_conversation(
     assert slots[used:, 0].tolist() == [0] * (SIZE - used)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
 def test_where_blocks_are_reused_whole_only_whole_ones_are_carried(
     make_model: MakeModel, open_at: OpenAt, tmp_path: Path, whole_blocks_only: bool
@@ -164,6 +168,7 @@ def test_a_conversation_that_is_too_long_is_said_to_be(
         collect(small, small.resume("poem"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
@@ -192,6 +197,7 @@ def test_kv_that_cannot_be_used_here_is_told_from_what_can(
     assert why_not(model, PortableFile(tmp_path / "f")) == reason
 
 
+@pytest.mark.slow
 def test_tokens_outside_the_vocabulary_are_refused(
     make_model: MakeModel, open_at: OpenAt, tmp_path: Path
 ) -> None:
@@ -206,6 +212,7 @@ def test_tokens_outside_the_vocabulary_are_refused(
     assert reason == "it has tokens that the model does not know"
 
 
+@pytest.mark.slow
 def test_a_store_without_room_for_all_of_it_is_said_to_be(
     make_model: MakeModel, tmp_path: Path, open_at: OpenAt
 ) -> None:
@@ -240,6 +247,7 @@ def test_a_file_is_never_replaced_and_nothing_is_left_of_one_that_failed(
     assert list((tmp_path / "folder").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such bits")
 def test_only_its_owner_can_read_it(file: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -255,6 +263,7 @@ def refused(path: Path) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_any_bit_that_is_flipped_is_noticed(file: Path, tmp_path: Path) -> None:
     content, chance = file.read_bytes(), random.Random(4)  # noqa: S311 - of a test
     for place in {0, 7, 8, len(content) - 1, *chance.sample(range(len(content)), 300)}:
@@ -264,6 +273,7 @@ def test_any_bit_that_is_flipped_is_noticed(file: Path, tmp_path: Path) -> None:
         refused(tmp_path / "damaged")
 
 
+@pytest.mark.slow
 def test_a_file_that_was_cut_short_or_has_more_is_refused(file: Path, tmp_path: Path) -> None:
     content, chance = file.read_bytes(), random.Random(4)  # noqa: S311 - of a test
     for length in [0, 1, 7, 8, 9, *chance.sample(range(len(content)), 60)]:
@@ -387,6 +397,7 @@ def identity_with(**fields: object) -> Callable[[dict[str, Any], dict[str, str]]
     return change
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -469,6 +480,7 @@ def test_what_has_no_end_is_refused_at_once(tmp_path: Path) -> None:
     assert "a device" in refused(Path("/dev/zero"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "dtype", "shape"),
     [

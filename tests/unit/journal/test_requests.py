@@ -124,6 +124,7 @@ def test_in_an_encrypted_folder_each_line_is_sealed(tmp_path: Path) -> None:
     assert explain(home=tmp_path, cipher=Cipher(bytes([1]) * 32)) == []
 
 
+@pytest.mark.slow
 def test_the_file_is_bounded_and_for_its_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

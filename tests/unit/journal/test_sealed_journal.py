@@ -123,6 +123,7 @@ def test_the_same_search_finds_everything_in_a_plain_journal(path: Path) -> None
     assert in_the_files(path) == [*SECRETS, "token ids", "usage"]
 
 
+@pytest.mark.slow
 def test_a_plain_journal_is_converted_and_leaves_no_trace(path: Path) -> None:
     """Also of what was deleted, renamed or went on with another model before."""
     with Journal.open(path) as journal:
@@ -169,6 +170,7 @@ def test_a_damaged_plain_journal_is_not_converted(path: Path) -> None:
         assert [info.name for info in journal.conversations()] == [SECRETS["name"]]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", ["mark", "rewrite"])
 def test_a_conversion_that_breaks_off_is_finished_when_it_is_opened_again(
     path: Path, monkeypatch: pytest.MonkeyPatch, step: str
@@ -189,6 +191,7 @@ def test_a_conversion_that_breaks_off_is_finished_when_it_is_opened_again(
         assert in_the_files(path) == []
 
 
+@pytest.mark.slow
 def test_the_plain_text_goes_when_its_last_reader_has_gone(path: Path) -> None:
     with Journal.open(path) as journal:
         fill(journal)
@@ -202,6 +205,7 @@ def test_the_plain_text_goes_when_its_last_reader_has_gone(path: Path) -> None:
         assert in_the_files(path) == []
 
 
+@pytest.mark.slow
 def test_a_plain_journal_is_not_taken_for_an_encrypted_one(path: Path) -> None:
     """Anybody could have put it there; nobody has to be asked about an empty one."""
     with Journal.open(path) as journal:
@@ -254,6 +258,7 @@ def test_names_are_found_taken_and_given_away_as_in_a_plain_journal(sealed: Jour
     assert is_as_it_was_filled(sealed.load(SECRETS["name"]))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("statement", "problem"),
     [
@@ -304,6 +309,7 @@ def _set_checksums(path: Path) -> None:
             connection.execute("UPDATE nodes SET checksum = ? WHERE id = ?", (summed, node_id))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("statements", "problem"),
     [

@@ -111,6 +111,7 @@ def test_nothing_that_is_typed_is_an_error_of_syntax(journal: Journal) -> None:
         assert all(all(word in folded(TEXTS[hit.number - 1]) for word in wanted) for hit in found)
 
 
+@pytest.mark.few(1)
 def test_random_input_finds_what_a_plain_look_finds(journal: Journal) -> None:
     say(journal, *TEXTS)
     chance = random.Random(19)  # noqa: S311
@@ -281,6 +282,7 @@ def test_a_journal_whose_index_this_sqlite_cannot_keep_is_only_read(
             say(journal, "more")
 
 
+@pytest.mark.slow
 def test_pages_of_ten_thousand_messages_have_each_hit_once(path: Path) -> None:
     """And the index is asked: what is read are the hits, and not all messages."""
     with Journal.open(path) as journal:

@@ -69,6 +69,7 @@ def conversation(home: Path, *said: str, namespace: str = "") -> str:
     return "secret"
 
 
+@pytest.mark.slow
 def test_deleting_a_conversation_forgets_what_was_typed_of_it(tmp_path: Path) -> None:
     name = conversation(tmp_path, "Where is it?", "Under the oak?")
     typed(tmp_path / config.HISTORY_NAME, "Where is it?", "Hello", "Under the oak?", "/undo")
@@ -77,6 +78,7 @@ def test_deleting_a_conversation_forgets_what_was_typed_of_it(tmp_path: Path) ->
     assert left(tmp_path / config.HISTORY_NAME) == ["Hello", "/undo"]
 
 
+@pytest.mark.slow
 def test_a_client_with_a_namespace_has_typed_nothing_here(tmp_path: Path) -> None:
     name = conversation(tmp_path, "Hello", namespace="client")
     typed(tmp_path / config.HISTORY_NAME, "Hello")

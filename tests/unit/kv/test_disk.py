@@ -170,6 +170,7 @@ def test_tails_go_before_what_they_follow_and_the_oldest_first(tmp_path: Path) -
     assert list(store.problems()) == []
 
 
+@pytest.mark.slow
 def test_the_budget_holds_and_the_file_stays_within_it(tmp_path: Path) -> None:
     budget = 2 << 20
     store = DiskStore(tmp_path / "kv", budget_bytes=budget)
@@ -184,6 +185,7 @@ def test_the_budget_holds_and_the_file_stays_within_it(tmp_path: Path) -> None:
     assert list(store.problems()) == []
 
 
+@pytest.mark.slow
 def test_what_is_pinned_is_never_given_up(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "kv", budget_bytes=2 << 20)
     store.write(IDENTITY, chain(A, B, payload_bytes=60_000))

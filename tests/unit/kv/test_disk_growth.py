@@ -100,6 +100,7 @@ def with_chats(folder: Path, count: int) -> DiskStore:
     return store
 
 
+@pytest.mark.slow
 def test_a_prompt_reads_as_much_beside_1000_chats_as_beside_100(tmp_path: Path, cost: Cost) -> None:
     few, many = with_chats(tmp_path / "few", 100), with_chats(tmp_path / "many", 1000)
     for tail in ((5,) * SIZE, (*chat(42)[:20], *(99,) * 12), chat(77)):
@@ -116,6 +117,7 @@ def test_a_prompt_reads_as_much_beside_1000_chats_as_beside_100(tmp_path: Path, 
     many.close()
 
 
+@pytest.mark.slow
 def test_the_best_of_1000_chats_is_found(tmp_path: Path) -> None:
     store = with_chats(tmp_path, 1000)
     for number in (0, 7, 99, 100, 555, 999):
@@ -126,6 +128,7 @@ def test_the_best_of_1000_chats_is_found(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_a_chat_is_written_as_cheaply_beside_1000_as_beside_100(tmp_path: Path, cost: Cost) -> None:
     few, many = with_chats(tmp_path / "few", 100), with_chats(tmp_path / "many", 1000)
     (new,) = chain(chat(5000), after=chain(SYSTEM)[0].key)
@@ -136,6 +139,7 @@ def test_a_chat_is_written_as_cheaply_beside_1000_as_beside_100(tmp_path: Path, 
     many.close()
 
 
+@pytest.mark.slow
 def test_a_chat_is_removed_as_cheaply_beside_1000_as_beside_100(tmp_path: Path, cost: Cost) -> None:
     few, many = with_chats(tmp_path / "few", 100), with_chats(tmp_path / "many", 1000)
     key = chain(SYSTEM, chat(50))[-1].key
@@ -145,6 +149,7 @@ def test_a_chat_is_removed_as_cheaply_beside_1000_as_beside_100(tmp_path: Path, 
     many.close()
 
 
+@pytest.mark.slow
 def test_damaged_entries_are_removed_in_one_pass_over_all(tmp_path: Path, cost: Cost) -> None:
     """Of those nobody knows what they follow; a pass for each would be a square of them."""
     calls = []
@@ -213,6 +218,7 @@ def test_a_long_chain_that_is_damaged_is_repaired(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_a_long_chain_can_be_pinned_counted_and_evicted(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "kv", budget_bytes=64 << 20)
     blocks = long_chain()
@@ -227,6 +233,7 @@ def test_a_long_chain_can_be_pinned_counted_and_evicted(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_a_step_of_a_long_restore_does_not_look_at_all_of_the_rest(
     tmp_path: Path, cost: Cost
 ) -> None:

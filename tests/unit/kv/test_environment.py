@@ -56,6 +56,7 @@ def test_a_file_that_is_gone_is_an_error(open_store: Open) -> None:
     store.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux does")
 def test_little_address_space_is_enough(tmp_path: Path) -> None:
     program = (
@@ -149,6 +150,7 @@ def test_a_file_that_was_found_damaged_is_not_touched_any_more(open_store: Open)
     assert entered == []
 
 
+@pytest.mark.slow
 def test_values_of_any_size_leave_the_file_near_its_budget(open_store: Open) -> None:
     """Free pages may not lie in a row; then less is kept, and the file stops growing."""
     budget = 4 << 20

@@ -53,6 +53,7 @@ def folder(emptied: Path, tmp_path: Path) -> Path:
     return shutil.copytree(emptied, tmp_path / "kv")
 
 
+@pytest.mark.slow
 def test_the_file_is_as_small_as_what_is_in_it(
     folder: Path, open_store: Callable[..., DiskStore]
 ) -> None:
@@ -81,6 +82,7 @@ def test_what_this_process_has_open_is_left_alone(
     assert (folder / "data.mdb").stat().st_ino == before.st_ino
 
 
+@pytest.mark.slow
 def test_what_another_process_has_open_is_left_alone(
     folder: Path, open_store: Callable[..., DiskStore]
 ) -> None:

@@ -50,6 +50,7 @@ def fill(store: DiskStore, count: int, payload_bytes: int = 9000) -> None:
         store.write(IDENTITY, blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "count"),
     [(0, 10), *(pytest.param(n, 40, marks=pytest.mark.slow) for n in (10, 40, 80))],
@@ -117,6 +118,7 @@ def test_a_damaged_head_of_a_value_is_found_before_anything_is_written(
     store.close()
 
 
+@pytest.mark.slow
 def test_a_store_in_use_by_others_is_sound(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,6 +156,7 @@ def test_kill_9_at_any_time_leaves_a_sound_store(tmp_path: Path) -> None:
     assert list(tmp_path.glob("kv.damaged-*")) == []
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("payload_bytes", [10, 9000])
 def test_a_large_store_with_many_free_pages_is_sound(open_store: Open, payload_bytes: int) -> None:
     store = open_store(budget_bytes=256 << 20)

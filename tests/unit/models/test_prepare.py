@@ -60,6 +60,7 @@ def test_the_reference_model_needs_no_disk(tmp_path: Path) -> None:
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.slow
 def test_a_named_model_is_downloaded_and_converted_once(
     entry: CatalogEntry, tmp_path: Path
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_kept_file_can_be_pruned_and_the_model_stays(
         prune("other", home, catalog=catalog)
 
 
+@pytest.mark.slow
 def test_a_users_file_is_kept_by_a_link(make_gguf: MakeGguf, tmp_path: Path) -> None:
     home, path = tmp_path / "home", make_gguf()
     model = prepare(str(path), home=home)
@@ -434,6 +436,7 @@ def test_a_note_that_is_none_counts_as_none(text: str, folder: Path, tmp_path: P
     assert Compared.read(tmp_path, "ab", folder) is None
 
 
+@pytest.mark.slow
 def test_notes_do_not_grow_without_end(folder: Path, tmp_path: Path) -> None:
     for number in range(260):
         noted(folder, "PASS", "exact").write(tmp_path, f"model {number}")
@@ -441,6 +444,7 @@ def test_notes_do_not_grow_without_end(folder: Path, tmp_path: Path) -> None:
     assert Compared.read(tmp_path, "model 259", folder) is not None
 
 
+@pytest.mark.slow
 def test_a_file_that_is_gone_is_fetched_again_where_it_is_asked_for(
     entry: CatalogEntry, tmp_path: Path
 ) -> None:
@@ -474,6 +478,7 @@ def forget_sampling(folder: Path) -> None:
     path.write_text(json.dumps(said))
 
 
+@pytest.mark.slow
 def test_how_a_model_is_sampled_that_was_converted_before_is_read_from_its_file(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -485,6 +490,7 @@ def test_how_a_model_is_sampled_that_was_converted_before_is_read_from_its_file(
     assert prepare(str(path), home=home) == first
 
 
+@pytest.mark.slow
 def test_where_no_file_says_how_a_model_is_sampled_the_catalog_does(
     make_gguf: MakeGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

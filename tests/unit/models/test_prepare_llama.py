@@ -21,6 +21,7 @@ def path(tmp_path: Path) -> Path:
     return write_random_model(tmp_path / "random.gguf", WITH_EXPERTS)
 
 
+@pytest.mark.slow
 def test_a_file_is_taken_as_it_is_and_tried_once(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,6 +35,7 @@ def test_a_file_is_taken_as_it_is_and_tried_once(
     assert prepare(str(path), home=home, runtime="llama") == model
 
 
+@pytest.mark.slow
 def test_another_build_tries_the_file_again(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +53,7 @@ def test_another_build_tries_the_file_again(
         assert len(begun) == trials, build
 
 
+@pytest.mark.slow
 def test_what_openvino_does_not_read_goes_to_llama_where_that_is_here(
     path: Path, tmp_path: Path
 ) -> None:
@@ -61,6 +64,7 @@ def test_what_openvino_does_not_read_goes_to_llama_where_that_is_here(
     assert prepare(str(path), home=tmp_path / "home", llama=lambda: "there").format == "gguf"
 
 
+@pytest.mark.slow
 def test_a_file_that_both_read_goes_to_the_quicker_one(make_gguf: MakeGguf, tmp_path: Path) -> None:
     file, home = str(make_gguf()), tmp_path / "home"
     assert prepare(file, home=home, llama=lambda: "there").format == "openvino"
@@ -70,6 +74,7 @@ def test_a_file_that_both_read_goes_to_the_quicker_one(make_gguf: MakeGguf, tmp_
     )
 
 
+@pytest.mark.slow
 def test_the_library_is_not_asked_for_where_it_does_not_matter(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -93,6 +98,7 @@ def test_what_is_no_gguf_file_is_not_for_llama(tmp_path: Path) -> None:
             prepare(name, home=tmp_path / "home", runtime="llama")
 
 
+@pytest.mark.slow
 def test_a_file_that_the_library_refuses_is_one_sentence(path: Path, tmp_path: Path) -> None:
     data = path.read_bytes()
     broken = tmp_path / "broken.gguf"

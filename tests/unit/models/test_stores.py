@@ -173,6 +173,7 @@ def test_of_a_list_for_several_runners_the_one_with_a_gguf_file_is_taken(
     assert (found.fault, found.size_bytes) == (None, len(weights))
 
 
+@pytest.mark.slow
 def test_how_ollama_samples_is_taken_where_the_file_does_not_say(
     ollama: Path, weights: bytes, tmp_path: Path
 ) -> None:
@@ -274,6 +275,7 @@ def test_the_hugging_face_cache_is_found(
     assert resolve("org/repo:other.gguf") == HubFile("org/repo", "other.gguf")
 
 
+@pytest.mark.slow
 def test_a_file_of_the_hub_that_is_in_the_cache_is_not_fetched(
     machine: Path, weights: bytes, tmp_path: Path
 ) -> None:
@@ -463,6 +465,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
+@pytest.mark.slow
 def test_ten_thousand_files_are_listed_with_one_short_read_each(
     machine: Path, make_gguf: MakeGguf, reads: list[int]
 ) -> None:

@@ -144,6 +144,7 @@ def model(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield loaded
 
 
+@pytest.mark.slow
 def test_a_model_passes_against_its_own_file(model: recollect.Model) -> None:
     report = compare_with_file(model)
     assert (report.outcome, report.reason) == ("PASS", "")
@@ -210,6 +211,7 @@ def against(
     return compare_with_file(model)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("plant", PLANTED)
 def test_what_differs_from_the_file_fails(
     plant: Callable[[File], None],
@@ -249,6 +251,7 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[recollect.Model]:
         yield loaded
 
 
+@pytest.mark.slow
 def test_limits_follow_the_size_of_logits(
     loud: recollect.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +271,7 @@ def test_limits_follow_the_size_of_logits(
     assert math.isfinite(report.perplexity)
 
 
+@pytest.mark.slow
 def test_the_limit_of_reuse_follows_the_size_of_logits(
     loud: recollect.Model, plant_hole: Callable[[], None]
 ) -> None:
@@ -279,6 +283,7 @@ def test_the_limit_of_reuse_follows_the_size_of_logits(
     assert not wrong.passed
 
 
+@pytest.mark.slow
 def test_a_model_that_rounding_moves_far_is_allowed_more(tmp_path: Path) -> None:
     """Attention that takes one token alone amplifies the last bit of its scores."""
     path = write_model(tmp_path / "hard.gguf", sizes={"blk.0.attn_q": 600.0})
@@ -298,6 +303,7 @@ def test_noise_is_measured_and_not_a_constant(original: Path) -> None:
     assert noise == same, "a proof says the same twice"
 
 
+@pytest.mark.slow
 def test_a_model_that_lost_rows_of_its_vocabulary_fails(
     model: recollect.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +314,7 @@ def test_a_model_that_lost_rows_of_its_vocabulary_fails(
     assert "320 logits for a token, and its file 340" in report.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [1, 2, 48])
 def test_a_context_below_48_tokens_is_not_compared(context: int, tmp_path: Path) -> None:
     path = write_model(tmp_path / "short.gguf", context=context)
@@ -317,6 +324,7 @@ def test_a_context_below_48_tokens_is_not_compared(context: int, tmp_path: Path)
     assert "too short" in report.reason
 
 
+@pytest.mark.slow
 def test_a_narrow_window_is_looked_beyond(
     model: recollect.Model, original: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def test_rewind_test_fails_and_names_the_first_different_token(
     assert result.stdout.splitlines()[-1] == "rewind test FAILED"
 
 
+@pytest.mark.slow
 def test_scenarios_say_apart_what_the_model_and_what_reuse_did(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "scenarios.json"
     result = run("scenarios", "--profile", "exact", "--json", str(path))
@@ -60,6 +61,7 @@ def test_scenarios_say_apart_what_the_model_and_what_reuse_did(run: Run, tmp_pat
     assert turn["rewound"]["token_ids"] == turn["full"]["token_ids"]
 
 
+@pytest.mark.slow
 def test_scenarios_fail_in_exact_where_reuse_changed_something(
     run: Run, plant_hole: Callable[[], None]
 ) -> None:
@@ -69,6 +71,7 @@ def test_scenarios_fail_in_exact_where_reuse_changed_something(
     assert "reuse differs at token" in result.stdout
 
 
+@pytest.mark.slow
 def test_scenarios_report_a_change_in_other_profiles_with_a_remark(
     run: Run, plant_hole: Callable[[], None]
 ) -> None:
@@ -115,6 +118,7 @@ def test_no_result_is_a_summary_of_nothing() -> None:
     assert prove.summary(nothing)["facts"] == 0
 
 
+@pytest.mark.slow
 def test_verify_prints_what_it_did_and_passes(run: Run, tmp_path: Path) -> None:
     result = run("verify", "--operations", "40", "--json", str(tmp_path / "report.json"))
     assert result.exit_code == 0
@@ -132,6 +136,7 @@ def test_verify_prints_what_it_did_and_passes(run: Run, tmp_path: Path) -> None:
     assert written["reuse"]["passed"] is True
 
 
+@pytest.mark.slow
 def test_verify_fails_on_one_token_without_kv(run: Run, plant_hole: Callable[[], None]) -> None:
     plant_hole()
     result = run("verify", "--operations", "40")
@@ -206,6 +211,7 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+@pytest.mark.slow
 def test_one_operation_is_one_and_no_difference_is_nowhere(run: Run) -> None:
     result = run("verify", "-n", "1", "--no-model")
     assert result.exit_code == 0

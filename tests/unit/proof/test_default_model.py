@@ -23,6 +23,7 @@ def test_what_has_to_be_fetched_takes_as_long_as_the_speed_says() -> None:
     assert start_of("smollm2", 10.0) == {"fetch_bytes": 98_362_432, "fetch_s": 9.8362432}
 
 
+@pytest.mark.slow
 def test_replies_are_counted_and_timed(
     model: recollect.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,6 +37,7 @@ def test_replies_are_counted_and_timed(
     assert timed["tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_scenarios_of_a_model_that_knows_nothing_are_not_passed(model: recollect.Model) -> None:
     found = scenarios(model, 2)
     assert (found["scenarios"], found["passed"], found["facts_right"]) == (2, 0, 0)

@@ -142,6 +142,7 @@ def test_a_configuration_that_is_damaged_is_not_judged(text: str, write: Write) 
 LONGROPE = {"type": "longrope", "long_factor": [1.0] * 8, "short_factor": [1.0] * 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "what"),
     [

@@ -30,6 +30,7 @@ class TestWithMatplotlib:
         with pytest.raises(ConfigError, match="no folder"):
             report.require_plot(tmp_path / "nowhere" / "curve.png")
 
+    @pytest.mark.slow
     def test_the_growth_curve_is_a_picture(self, model: Model, tmp_path: Path) -> None:
         config = BenchConfig(
             input_tokens=9, output_tokens=1, input2_tokens=9, output2_tokens=4, growth_turns=3

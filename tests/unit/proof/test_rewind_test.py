@@ -16,6 +16,7 @@ def test_the_answer_is_the_same_after_a_rewind_and_from_a_fresh_prefill(model: M
     assert result.fresh_differs_at is None
 
 
+@pytest.mark.slow
 def test_a_rewind_computes_nothing_and_the_question_alone_is_computed_again(model: Model) -> None:
     result = run_rewind_test(model)
     assert result.rewind_computed_tokens == 0

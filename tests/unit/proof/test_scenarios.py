@@ -34,10 +34,12 @@ def test_the_package_brings_six_scenarios_with_facts() -> None:
         assert all(0 <= turn < len(scenario.prompts) for turn in scenario.expected)
 
 
+@pytest.mark.slow
 def test_reuse_and_rewinding_change_no_token(turns: tuple[Turn, ...]) -> None:
     assert [turn.changed_by_reuse for turn in turns] == [(), (), ()]
 
 
+@pytest.mark.slow
 def test_the_full_prefill_reuses_nothing_and_computes_the_same_prompt(
     turns: tuple[Turn, ...],
 ) -> None:
@@ -47,6 +49,7 @@ def test_the_full_prefill_reuses_nothing_and_computes_the_same_prompt(
         assert turn.full.usage.prompt_tokens == turn.reuse.usage.prompt_tokens
 
 
+@pytest.mark.slow
 def test_reuse_computes_what_is_new_alone(turns: tuple[Turn, ...]) -> None:
     for before, turn in pairwise(turns):
         # The last token of a reply has no KV when it ends. Idle work adds it, and what the template
@@ -58,10 +61,12 @@ def test_reuse_computes_what_is_new_alone(turns: tuple[Turn, ...]) -> None:
         assert turn.reuse.usage.reused_tokens in {known, known - 1, known + idle}
 
 
+@pytest.mark.slow
 def test_only_the_second_turn_is_asked_again(turns: tuple[Turn, ...]) -> None:
     assert [turn.rewound is not None for turn in turns] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_facts_are_graded_in_every_mode(turns: tuple[Turn, ...]) -> None:
     second = turns[1]
     assert second.rewound is not None
@@ -70,6 +75,7 @@ def test_facts_are_graded_in_every_mode(turns: tuple[Turn, ...]) -> None:
     assert second.model_wrong == ()
 
 
+@pytest.mark.slow
 def test_what_the_model_gets_wrong_is_told_apart_from_what_reuse_changes(
     turns: tuple[Turn, ...],
 ) -> None:
@@ -84,6 +90,7 @@ def test_what_the_model_gets_wrong_is_told_apart_from_what_reuse_changes(
     assert changed.first_difference("rewound") is None
 
 
+@pytest.mark.slow
 def test_a_planted_hole_in_the_kv_is_a_change(model: Model, plant_hole: Callable[[], None]) -> None:
     plant_hole()
     turns = play(model, SHORT).turns
@@ -92,6 +99,7 @@ def test_a_planted_hole_in_the_kv_is_a_change(model: Model, plant_hole: Callable
     assert turns[1].first_difference("reuse") is not None
 
 
+@pytest.mark.slow
 def test_play_all_reports_progress_and_every_scenario(model: Model) -> None:
     seen: list[tuple[str, int, int | None]] = []
     results = list(play_all(model, (SHORT, SHORT), progress=lambda *step: seen.append(step)))
@@ -99,6 +107,7 @@ def test_play_all_reports_progress_and_every_scenario(model: Model) -> None:
     assert seen == [("short", 0, 2), ("short", 1, 2)]
 
 
+@pytest.mark.slow
 def test_playing_gives_all_blocks_back(model: Model) -> None:
     play(model, SHORT)
     assert model.engine.pool.used_blocks == len(model.engine.cache)

@@ -16,6 +16,7 @@ def model(tmp_path: Path) -> Iterator[recollect.Model]:
         yield loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trace", TRACES, ids=lambda trace: trace.name)
 def test_nothing_is_computed_twice(model: recollect.Model, trace: Trace) -> None:
     result = run_trace(model, trace)
@@ -25,6 +26,7 @@ def test_nothing_is_computed_twice(model: recollect.Model, trace: Trace) -> None
     model.engine.check()
 
 
+@pytest.mark.slow
 def test_a_system_prompt_of_eight_sessions_is_held_once(model: recollect.Model) -> None:
     trace = next(trace for trace in TRACES if trace.name == "8 on one system prompt")
     result = run_trace(model, trace)
@@ -33,6 +35,7 @@ def test_a_system_prompt_of_eight_sessions_is_held_once(model: recollect.Model) 
     assert result.blocks_held * model.engine.block_size < 2 * shared
 
 
+@pytest.mark.slow
 def test_a_cache_that_finds_nothing_shows(
     model: recollect.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,6 +44,7 @@ def test_a_cache_that_finds_nothing_shows(
     assert result.recomputed_tokens > result.prompt_tokens // 2
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_trace(model: recollect.Model) -> None:
     first, second = (run_trace(model, TRACES[0], seed=5) for _ in range(2))
     assert first.prompt_tokens == second.prompt_tokens

@@ -24,6 +24,7 @@ def model(tmp_path: Path) -> Iterator[recollect.Model]:
         yield loaded
 
 
+@pytest.mark.slow
 def test_what_is_right_passes_without_any_difference(model: recollect.Model) -> None:
     report = verify(model, operations=150)
     assert report.passed
@@ -34,6 +35,7 @@ def test_what_is_right_passes_without_any_difference(model: recollect.Model) -> 
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_with_a_disk_it_restores_too(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "kv", budget_bytes=64 << 20)
     with recollect.load("reference", profile="exact", home=tmp_path, store=store) as loaded:
@@ -44,6 +46,7 @@ def test_with_a_disk_it_restores_too(tmp_path: Path) -> None:
     assert report.restored_tokens > 500
 
 
+@pytest.mark.slow
 def test_a_disk_that_gives_wrong_kv_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One byte of each block is wrong, and no checksum would tell."""
 
@@ -60,6 +63,7 @@ def test_a_disk_that_gives_wrong_kv_fails(tmp_path: Path, monkeypatch: pytest.Mo
     assert not report.passed
 
 
+@pytest.mark.slow
 def test_one_token_without_kv_fails(model: recollect.Model, plant_hole: Callable[[], None]) -> None:
     plant_hole()
     report = verify(model, operations=60)
@@ -67,12 +71,14 @@ def test_one_token_without_kv_fails(model: recollect.Model, plant_hole: Callable
     assert report.largest.logits > 1000 * EXACT_LIMIT
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_operations(model: recollect.Model) -> None:
     first, second = (verify(model, operations=40, seed=3) for _ in range(2))
     assert first.counts == second.counts
     assert verify(model, operations=40, seed=4).counts != first.counts
 
 
+@pytest.mark.slow
 def test_it_leaves_no_sequence_behind(model: recollect.Model) -> None:
     verify(model, operations=30)
     model.engine.check()
@@ -93,6 +99,7 @@ def test_a_context_that_is_too_short_is_refused_in_a_sentence(
         verify(model, operations=10)
 
 
+@pytest.mark.slow
 def test_a_context_of_48_tokens_is_long_enough(
     model: recollect.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +145,7 @@ def at(
     monkeypatch.setattr(model, "local", replace(model.local, boundaries=windows))
 
 
+@pytest.mark.slow
 def test_what_is_no_number_fails_whatever_comes_after_it(
     model: recollect.Model, spoil: Spoil
 ) -> None:
@@ -149,6 +157,7 @@ def test_what_is_no_number_fails_whatever_comes_after_it(
     assert report.largest.logits == math.inf
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("context", "windows", "first_wrong", "found", "by"),
     [
@@ -197,6 +206,7 @@ def test_a_window_just_below_the_context_is_looked_at(
     assert longest == 600
 
 
+@pytest.mark.slow
 def test_a_hole_only_after_a_rewind_across_a_boundary_fails(
     model: recollect.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +245,7 @@ def test_a_context_that_memory_does_not_hold_twice_is_left_out(tmp_path: Path) -
     assert "--kv-memory" in end.left_out
 
 
+@pytest.mark.slow
 def test_noise_excuses_no_more_than_its_cap(tmp_path: Path, spoil: Spoil) -> None:
     """Where tokens one by one are as wrong as what is reused, the noise control is wrong, too."""
     seen: set[Sequence] = set()

@@ -140,7 +140,9 @@ class Stub:
         self._server = Server(("127.0.0.1", port), Handler)
         if tls is not None:
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=[0.01], daemon=True
+        ).start()  # half a second between two looks for its end would be the default
         scheme = "http" if tls is None else "https"
         return f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
 

@@ -38,6 +38,7 @@ def run(command: str, engine: str, *arguments: str) -> Result:
     return CliRunner().invoke(prove.app, said)
 
 
+@pytest.mark.few(1)
 def test_bench_tells_times_and_tokens_of_an_engine_elsewhere_and_no_energy(
     kind: str, make_stub: MakeStub, tmp_path: Path
 ) -> None:
@@ -62,6 +63,7 @@ def test_bench_tells_times_and_tokens_of_an_engine_elsewhere_and_no_energy(
             assert first["reused_tokens"] == 0, "of an earlier conversation nothing is found"
 
 
+@pytest.mark.few(1)
 def test_turns_of_a_conversation_that_grows_are_measured_both_ways(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:
@@ -74,6 +76,7 @@ def test_turns_of_a_conversation_that_grows_are_measured_both_ways(
         assert sample.reuse.reused_tokens == (could // BLOCK * BLOCK if kind == "vllm" else could)
 
 
+@pytest.mark.slow
 def test_what_was_evicted_meanwhile_is_told_and_not_measured(
     make_stub: MakeStub, load: Load
 ) -> None:
@@ -84,6 +87,7 @@ def test_what_was_evicted_meanwhile_is_told_and_not_measured(
         run_growth(model, SHORT, bench_text())
 
 
+@pytest.mark.slow
 def test_prompts_below_a_block_are_told_to_be_too_short(make_stub: MakeStub, load: Load) -> None:
     model = load(f"vllm={make_stub()[1]}")
     config = BenchConfig(input_tokens=8, output_tokens=2, iterations=2, growth_turns=0)
@@ -91,6 +95,7 @@ def test_prompts_below_a_block_are_told_to_be_too_short(make_stub: MakeStub, loa
         run_iterations(model, config, bench_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["rewind-test", "scenarios"])
 def test_the_other_proofs_claim_no_profile(command: str, kind: str, make_stub: MakeStub) -> None:
     _, url = make_stub(kind, slots=8, context=8192)
@@ -99,6 +104,7 @@ def test_the_other_proofs_claim_no_profile(command: str, kind: str, make_stub: M
     assert "profile" not in result.stdout
 
 
+@pytest.mark.slow
 def test_another_reply_of_a_fresh_prefill_is_told_and_may_be_rounding(
     make_stub: MakeStub,
 ) -> None:

@@ -31,12 +31,14 @@ def added_up(reply: Reply) -> int:
     return reply.usage.reused_tokens + reply.usage.computed_tokens
 
 
+@pytest.mark.few(1)
 def test_a_reply_has_as_many_tokens_as_were_asked_for(model: Model) -> None:
     reply = model.session(SYSTEM).respond("hello", params=SHORT)
     assert reply.finish_reason == "length"
     assert len(reply.node.token_ids or ()) == reply.usage.generated_tokens == 12
 
 
+@pytest.mark.few(1)
 def test_the_next_turn_reuses_what_the_last_one_computed(model: Model) -> None:
     session = model.session(SYSTEM * 4)
     first = session.respond("hello", params=SHORT)
@@ -47,6 +49,7 @@ def test_the_next_turn_reuses_what_the_last_one_computed(model: Model) -> None:
     assert second.usage.reason == "new"
 
 
+@pytest.mark.few(1)
 def test_a_rewound_conversation_answers_as_it_did(model: Model) -> None:
     session = model.session(SYSTEM)
     session.respond("hello", params=SHORT)
@@ -57,6 +60,7 @@ def test_a_rewound_conversation_answers_as_it_did(model: Model) -> None:
     assert other.usage.computed_tokens < other.usage.prompt_tokens / 2
 
 
+@pytest.mark.few(1)
 def test_a_fork_goes_on_from_where_it_was_made(model: Model) -> None:
     session = model.session(SYSTEM * 4)
     session.respond("hello", params=SHORT)
@@ -65,6 +69,7 @@ def test_a_fork_goes_on_from_where_it_was_made(model: Model) -> None:
     assert session.respond("right", params=SHORT).usage.reused_tokens > 0
 
 
+@pytest.mark.few(1)
 def test_another_namespace_reuses_nothing(model: Model) -> None:
     texts = []
     for namespace in ("alice", "bob"):
@@ -74,6 +79,7 @@ def test_another_namespace_reuses_nothing(model: Model) -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.few(1)
 def test_end_tokens_are_not_in_the_history(model: Model) -> None:
     session = model.session(SYSTEM)
     params = SamplingParams(max_tokens=400, end_repetition=False)
@@ -86,6 +92,7 @@ def test_end_tokens_are_not_in_the_history(model: Model) -> None:
     pytest.fail("none of the replies came to an end")
 
 
+@pytest.mark.few(1)
 def test_the_same_seed_gives_the_same_reply(model: Model) -> None:
     session = model.session(SYSTEM)
     texts = []
@@ -96,11 +103,13 @@ def test_the_same_seed_gives_the_same_reply(model: Model) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.few(1)
 def test_a_bias_is_followed(model: Model) -> None:
     params = SamplingParams(max_tokens=5, logit_bias={120: 100.0})
     assert model.session(SYSTEM).respond("hello", params=params).text == "xxxxx"
 
 
+@pytest.mark.few(1)
 def test_a_stop_string_ends_the_reply_before_it(model: Model) -> None:
     session = model.session(SYSTEM * 4)
     whole = session.respond("hello", params=SHORT).text
@@ -110,6 +119,7 @@ def test_a_stop_string_ends_the_reply_before_it(model: Model) -> None:
     assert reply.usage.reused_tokens > 0, "what a reply cost is told wherever it ends"
 
 
+@pytest.mark.few(1)
 def test_how_likely_tokens_were_is_told(model: Model) -> None:
     params = SamplingParams(max_tokens=6, logprobs=3, ignore_eos=True)
     reply = model.session(SYSTEM).respond("hello", params=params)
@@ -121,6 +131,7 @@ def test_how_likely_tokens_were_is_told(model: Model) -> None:
         assert all(a.logprob >= b.logprob for a, b in pairwise(one.top))
 
 
+@pytest.mark.few(1)
 def test_a_reply_that_is_left_is_kept_and_goes_on(model: Model) -> None:
     session = model.session(SYSTEM)
     stream = session.stream("hello", params=SamplingParams(max_tokens=300, ignore_eos=True))
@@ -134,6 +145,7 @@ def test_a_reply_that_is_left_is_kept_and_goes_on(model: Model) -> None:
     assert session.respond("and then?", params=SHORT).finish_reason == "length"
 
 
+@pytest.mark.few(1)
 def test_a_generator_can_be_rewound_into_its_reply_and_forked(model: Model) -> None:
     generator = Generator(model.engine, SamplingParams(ignore_eos=True))
     generator.append_tokens(model.tokenizer.encode("once upon a time"))

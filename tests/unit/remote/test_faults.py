@@ -44,6 +44,7 @@ def _short_waits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(wire, "NEXT_S", 1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["refuse", "cut", "cut after 3", "error after 3", "silent", "silent after 3", "slow"]
 )
@@ -60,6 +61,7 @@ def test_one_fault_does_not_show_in_the_reply(
     assert model.engine.replicas.all[0].lost == (fault != "slow")  # type: ignore[attr-defined]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -113,6 +115,7 @@ def test_requests_that_nobody_reads_are_ended_by_the_next_one(make_stub: MakeStu
     assert replica.running == 1, "the last is ended by the request after it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["refuse", "cut", "silent"])
 def test_two_faults_before_the_first_token_are_told_and_what_was_said_is_kept(
     kind: str, fault: str, make_stub: MakeStub, load: Load
@@ -128,6 +131,7 @@ def test_two_faults_before_the_first_token_are_told_and_what_was_said_is_kept(
     assert session.respond("hello", params=SHORT).finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_what_was_generated_before_the_engine_was_lost_is_kept(
     make_stub: MakeStub, load: Load
 ) -> None:
@@ -143,6 +147,7 @@ def test_what_was_generated_before_the_engine_was_lost_is_kept(
     assert len(said.token_ids or ()) == 3 * 4, "it went on three times"
 
 
+@pytest.mark.slow
 def test_a_reply_under_penalties_of_its_own_tokens_does_not_go_on_elsewhere(
     make_stub: MakeStub, load: Load
 ) -> None:
@@ -154,6 +159,7 @@ def test_a_reply_under_penalties_of_its_own_tokens_does_not_go_on_elsewhere(
         model.session().respond("hello", params=params)
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_costs_its_conversations_one_prompt(
     make_stub: MakeStub, load: Load
 ) -> None:
@@ -177,6 +183,7 @@ def test_a_replica_that_dies_costs_its_conversations_one_prompt(
     assert "another replica" in (after.usage.difference or "")
 
 
+@pytest.mark.slow
 def test_reuse_that_is_not_told_is_not_claimed(make_stub: MakeStub, load: Load) -> None:
     stub, url = make_stub()
     model = load(f"vllm={url}")
@@ -187,6 +194,7 @@ def test_reuse_that_is_not_told_is_not_claimed(make_stub: MakeStub, load: Load) 
     assert (usage.reused_tokens, usage.computed_tokens) == (0, usage.prompt_tokens)
 
 
+@pytest.mark.slow
 def test_an_engine_stops_when_the_reader_leaves(kind: str, make_stub: MakeStub, load: Load) -> None:
     stub, url = make_stub(kind)
     model = load(f"{kind}={url}")
@@ -197,6 +205,7 @@ def test_an_engine_stops_when_the_reader_leaves(kind: str, make_stub: MakeStub, 
     assert stub.aborted.wait(60), "to its end it would take a hundred seconds"
 
 
+@pytest.mark.slow
 def test_the_conversation_is_named_to_routers_and_the_namespace_is_not(
     make_stub: MakeStub, load: Load
 ) -> None:
@@ -219,6 +228,7 @@ def test_the_conversation_is_named_to_routers_and_the_namespace_is_not(
     assert "alice" not in str(stub.headers) + str([body["cache_salt"] for body in stub.asked])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("how", "told"),
     [
@@ -236,6 +246,7 @@ def test_an_engine_that_cannot_be_used_is_refused_with_what_to_change(
         load(f"vllm={url}")
 
 
+@pytest.mark.slow
 def test_another_kind_of_server_is_refused(make_stub: MakeStub, load: Load) -> None:
     with pytest.raises(ConfigError, match="no llama-server"):
         load(f"llama={make_stub('vllm')[1]}")
@@ -256,6 +267,7 @@ def test_an_address_that_sends_on_is_refused_with_where_to(
         load(f"{kind}={url}")
 
 
+@pytest.mark.slow
 def test_a_certificate_that_nobody_vouches_for_is_refused(
     kind: str, make_stub: MakeStub, load: Load, tmp_path: Path
 ) -> None:
@@ -278,6 +290,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(
         load(f"{kind}={stub.start(port, tls=context)}")
 
 
+@pytest.mark.few(1)
 def test_an_engine_that_dies_between_two_turns_loses_nothing_that_was_said(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:
@@ -299,6 +312,7 @@ def test_an_engine_that_dies_between_two_turns_loses_nothing_that_was_said(
     assert reply.usage.reused_tokens == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("status", ["bad request", "gone"])
 def test_an_engine_that_is_another_one_now_refuses_and_nothing_is_lost(
     kind: str, status: str, make_stub: MakeStub, load: Load
@@ -317,6 +331,7 @@ def test_an_engine_that_is_another_one_now_refuses_and_nothing_is_lost(
     assert session.respond("and then?", params=SHORT).finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_half_of_many_readers_leave_and_the_others_are_answered(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:
@@ -345,6 +360,7 @@ def test_half_of_many_readers_leave_and_the_others_are_answered(
     assert [one.lost for one in model.replicas()] == [0]
 
 
+@pytest.mark.few(1)
 def test_a_reader_that_does_not_wait_for_the_first_token_is_let_go_at_once(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:
@@ -393,6 +409,7 @@ def test_kv_that_is_elsewhere_is_not_pinned_here(make_stub: MakeStub, load: Load
         model.session("text").pin()
 
 
+@pytest.mark.few(1)
 def test_what_a_generator_was_fed_is_told_with_its_last_token(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:
@@ -405,6 +422,7 @@ def test_what_a_generator_was_fed_is_told_with_its_last_token(
     assert generator.sequence.fed_tokens == model.engine.computed_tokens == 16
 
 
+@pytest.mark.few(1)
 def test_a_rewound_conversation_is_proven_elsewhere_too(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:

@@ -42,6 +42,7 @@ def bound(stub: Any) -> list[bool]:
     return ["structured_outputs" in body or "json_schema" in body for body in stub.asked]
 
 
+@pytest.mark.few(1)
 def test_a_model_may_think_before_it_keeps_to_a_grammar(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:
@@ -57,6 +58,7 @@ def test_a_model_may_think_before_it_keeps_to_a_grammar(
         assert sorted(token for token, bias in first["logit_bias"]) == sorted(map(ord, "tf~"))
 
 
+@pytest.mark.few(1)
 def test_no_reply_ends_while_it_thinks_before_a_grammar(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:
@@ -70,6 +72,7 @@ def test_no_reply_ends_while_it_thinks_before_a_grammar(
     assert bound(stub) == [False, False]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("engine", ["here", "vllm", "llama"])
 def test_end_tokens_are_banned_wherever_the_thoughts_are_computed(
     engine: str, make_stub: MakeStub, load: Load
@@ -86,6 +89,7 @@ def test_end_tokens_are_banned_wherever_the_thoughts_are_computed(
     assert generator.finish_reason == "length"
 
 
+@pytest.mark.few(1)
 def test_a_model_that_does_not_think_is_held_from_its_first_token_on(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:
@@ -107,6 +111,7 @@ def test_free_text_is_not_told_token_by_token(
     assert "allowed_token_ids" not in stub.asked[0]
 
 
+@pytest.mark.slow
 def test_a_grammar_is_told_in_the_dialect_that_it_is_written_in(
     make_stub: MakeStub, load: Load
 ) -> None:
@@ -120,6 +125,7 @@ def test_a_grammar_is_told_in_the_dialect_that_it_is_written_in(
         assert told[-1] == {"grammar": '%llguidance {}\nstart: "yes"'}
 
 
+@pytest.mark.slow
 def test_a_grammar_that_is_refused_is_the_fault_of_whoever_sent_it(
     make_stub: MakeStub, load: Load
 ) -> None:
@@ -130,6 +136,7 @@ def test_a_grammar_that_is_refused_is_the_fault_of_whoever_sent_it(
         model.session().respond("is it so?", params=SamplingParams(grammar=BOOLEAN))
 
 
+@pytest.mark.slow
 def test_a_generator_that_is_dropped_runs_no_more(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:

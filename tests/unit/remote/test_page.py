@@ -63,6 +63,7 @@ def posted(client: httpx.Client, path: str, body: Json) -> Json:
     return answer
 
 
+@pytest.mark.few(1)
 def test_the_page_and_the_tree_come(client: httpx.Client, conversation: str) -> None:
     page = client.get("/", headers={"Accept": "text/html"})
     assert page.status_code == 200
@@ -75,6 +76,7 @@ def test_the_page_and_the_tree_come(client: httpx.Client, conversation: str) -> 
     assert [one["id"] for one in memory["data"]] == [conversation]
 
 
+@pytest.mark.few(1)
 def test_replies_are_explored_side_by_side(client: httpx.Client, conversation: str) -> None:
     body = {"prompts": ["A?", "B?"], "max_output_tokens": 6, "temperature": 1.0, "seed": 3}
     told = posted(client, f"{PATH}/{conversation}/explore", body)
@@ -85,6 +87,7 @@ def test_replies_are_explored_side_by_side(client: httpx.Client, conversation: s
     assert len(names) == 3
 
 
+@pytest.mark.few(1)
 def test_what_was_said_is_found(client: httpx.Client, conversation: str) -> None:
     found = client.get("/v1/search", params={"query": "oak"}).json()["data"]
     assert [(one["conversation"], one["snippet"]) for one in found] == [
@@ -92,6 +95,7 @@ def test_what_was_said_is_found(client: httpx.Client, conversation: str) -> None
     ]
 
 
+@pytest.mark.few(1)
 def test_who_watches_is_told_of_replies(client: httpx.Client, conversation: str) -> None:
     kinds = list[str]()
     body = {"input": "And then?", "conversation": conversation, "max_output_tokens": 6}
@@ -108,6 +112,7 @@ def test_who_watches_is_told_of_replies(client: httpx.Client, conversation: str)
     assert "reply.delta" in kinds
 
 
+@pytest.mark.few(1)
 def test_a_checkpoint_is_a_place_and_says_why_no_kv_is_kept(
     client: httpx.Client, conversation: str
 ) -> None:

@@ -37,6 +37,7 @@ def stub_and_client(
         yield stub, client
 
 
+@pytest.mark.slow
 def test_where_no_engine_answers_a_client_is_told_to_ask_again(
     stub_and_client: tuple[Any, TestClient],
 ) -> None:
@@ -55,6 +56,7 @@ def test_where_no_engine_answers_a_client_is_told_to_ask_again(
     assert client.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_profile_is_not_claimed_of_an_engine_elsewhere(
     stub_and_client: tuple[Any, TestClient],
 ) -> None:
@@ -63,6 +65,7 @@ def test_a_profile_is_not_claimed_of_an_engine_elsewhere(
     assert model["recollect"] == {"loaded": True, "context_length": 2048, "profile": None}
 
 
+@pytest.mark.slow
 def test_replicas_are_counted(stub_and_client: tuple[Any, TestClient]) -> None:
     _, client = stub_and_client
     text = client.get("/metrics").text
@@ -71,6 +74,7 @@ def test_replicas_are_counted(stub_and_client: tuple[Any, TestClient]) -> None:
     assert 'outcome="done"' in text
 
 
+@pytest.mark.slow
 def test_completions_and_a_new_key_of_reuse(stub_and_client: tuple[Any, TestClient]) -> None:
     _, client = stub_and_client
     body = {"prompt": "once upon a time " * 20, "max_tokens": 4}
@@ -82,6 +86,7 @@ def test_completions_and_a_new_key_of_reuse(stub_and_client: tuple[Any, TestClie
     assert reused[1]["cached_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_prompts_are_read_ahead_elsewhere(stub_and_client: tuple[Any, TestClient]) -> None:
     _, client = stub_and_client
     body = {"messages": [{"role": "system", "content": "Be careful. " * 20}]}
@@ -90,6 +95,7 @@ def test_prompts_are_read_ahead_elsewhere(stub_and_client: tuple[Any, TestClient
     assert again["computed_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_public_prefixes_are_refused(stub_and_client: tuple[Any, TestClient]) -> None:
     _, client = stub_and_client
     body = {"messages": [{"role": "system", "content": "Be careful."}], "public": True}
@@ -130,6 +136,7 @@ def _until(client: httpx.Client, status: int) -> httpx.Response:
     return answer
 
 
+@pytest.mark.slow
 def test_a_server_that_begins_before_its_engine_waits_for_it(
     make_stub: Callable[..., tuple[Any, str]],
     start: Callable[..., tuple["subprocess.Popen[str]", str]],
@@ -157,6 +164,7 @@ def test_a_server_that_begins_before_its_engine_waits_for_it(
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 def test_a_server_whose_engine_cannot_be_used_ends_with_what_to_change(
     make_stub: Callable[..., tuple[Any, str]],
     start: Callable[..., tuple["subprocess.Popen[str]", str]],

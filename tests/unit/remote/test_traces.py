@@ -29,6 +29,7 @@ def held(
     return compare(model, client, trace, PARAMS, lambda: sum(stub.computed for stub, _ in stubs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trace", TRACES, ids=lambda trace: trace.name)
 def test_nothing_is_lost_but_blocks_that_are_not_whole(
     trace: Trace, make_stub: MakeStub, load: Load
@@ -43,6 +44,7 @@ def test_nothing_is_lost_but_blocks_that_are_not_whole(
     assert 0 <= found.front_unused_tokens <= BLOCK * found.requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trace", [EDITS, AGENT], ids=lambda trace: trace.name)
 def test_edits_and_branches_cost_less_than_where_texts_are_sent_again(
     trace: Trace, make_stub: MakeStub, load: Load
@@ -53,6 +55,7 @@ def test_edits_and_branches_cost_less_than_where_texts_are_sent_again(
     assert found.front_computed_tokens < found.alone_computed_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trace", [EDITS, AGENT], ids=lambda trace: trace.name)
 def test_branches_stay_at_the_replica_that_has_their_beginning(
     trace: Trace, make_stub: MakeStub, load: Load

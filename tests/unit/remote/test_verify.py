@@ -11,6 +11,7 @@ from recollect.proof.elsewhere import verify_elsewhere
 MakeStub = Callable[..., tuple[Any, str]]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["vllm", "llama"])
 def test_right_reuse_passes(kind: str, make_stub: MakeStub, load: Callable[..., Model]) -> None:
     report = verify_elsewhere(load(f"{kind}={make_stub(kind)[1]}"), operations=12)
@@ -19,6 +20,7 @@ def test_right_reuse_passes(kind: str, make_stub: MakeStub, load: Callable[..., 
     assert report.reused_tokens > 1000
 
 
+@pytest.mark.slow
 def test_reuse_of_other_kv_fails(make_stub: MakeStub, load: Callable[..., Model]) -> None:
     """An engine whose replies depend on what it had in its cache."""
     stub, url = make_stub()
@@ -29,6 +31,7 @@ def test_reuse_of_other_kv_fails(make_stub: MakeStub, load: Callable[..., Model]
     assert report.different_replies > 0
 
 
+@pytest.mark.slow
 def test_an_engine_that_reuses_nothing_fails(
     make_stub: MakeStub, load: Callable[..., Model]
 ) -> None:

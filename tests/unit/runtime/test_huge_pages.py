@@ -37,6 +37,7 @@ def join() -> None:
     thread.join()
 
 
+@pytest.mark.slow
 def test_memory_in_use_is_joined(memory: mmap.mmap) -> None:
     memory[:] = bytes([7]) * len(memory)
     before = kib("AnonHugePages")
@@ -45,6 +46,7 @@ def test_memory_in_use_is_joined(memory: mmap.mmap) -> None:
     assert memory[:] == bytes([7]) * len(memory)
 
 
+@pytest.mark.slow
 def test_memory_that_is_partly_in_use_takes_no_more(memory: mmap.mmap) -> None:
     for place in range(0, len(memory), 2 * mmap.PAGESIZE):
         memory[place] = 7

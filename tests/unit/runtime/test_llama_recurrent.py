@@ -128,6 +128,7 @@ def test_after_a_pass_that_failed_only_what_it_changed_is_computed_again(
     assert differs(run(runtime, ids, [0, 1, 2], 64), expected) < ELSEWHERE
 
 
+@pytest.mark.few(1)
 def test_a_conversation_goes_on_from_the_disk_at_the_end_of_its_turn(
     path: Path, tmp_path: Path
 ) -> None:

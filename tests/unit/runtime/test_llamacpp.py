@@ -230,6 +230,7 @@ def test_states_with_bytes_that_nobody_explains_are_not_learned(open_runtime: Op
     assert Layout.learn(state[:-1], **learn) is None
 
 
+@pytest.mark.slow
 def test_the_window_is_left_behind_and_come_back_to(tmp_path: Path) -> None:
     file = write_random_model(tmp_path / "window.gguf", WITH_WINDOW)
     runtime = load_llama(file, context_length=512, options=EXACT)
@@ -363,6 +364,7 @@ def test_lanes_take_what_is_counted_for_them(
     runtime.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp waits, and on Linux alone")
 @pytest.mark.parametrize(
     ("own", "spins"),
@@ -473,6 +475,7 @@ def test_the_device_that_was_asked_for_computes(
     model.close()
 
 
+@pytest.mark.slow
 def test_a_device_that_is_lost_is_one_sentence_and_loses_nothing(
     open_runtime: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -164,6 +164,7 @@ MANY = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("kind", "body"), MANY)
 def test_mistakes_are_not_collected(kind: type[Body], body: Callable[[int], Json]) -> None:
     """As many errors are held of 10,000 mistakes as of 1,000: a handful."""
@@ -308,6 +309,7 @@ def test_a_large_body_is_read_beside_the_event_loop(body: bytes) -> None:
     assert threads[1] == threading.current_thread().name
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "piece", ["{}", "[]", '""', '{"a":{}}', '{"role":"user","contents":"a","x":1}', "5"]
 )
@@ -330,6 +332,7 @@ def test_what_a_wrong_body_takes_has_a_bound(piece: str) -> None:
 # --- counts
 
 
+@pytest.mark.slow
 def test_counts_have_limits_that_are_told(client: httpx.Client) -> None:
     messages = [USER] * 5000
     tools = [
@@ -422,6 +425,7 @@ def bad_bodies() -> list[tuple[str, bytes]]:
     return [*raw, (CHAT, b"\xff\xfe"), (CHAT, b'{"messages": "\xff"}'), (CHAT, b"\x00" * 50)]
 
 
+@pytest.mark.slow
 def test_mistakes_are_refused_by_their_place_and_leave_nothing(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],
@@ -626,6 +630,7 @@ def shared(client: httpx.Client) -> Callable[[str, bytes], httpx.Response]:
     return ask
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "path",
     [
@@ -649,6 +654,7 @@ def test_no_address_makes_it_fail(client: httpx.Client, path: str) -> None:
     assert len(answer.content) < 3000
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["Authorization", "X-Api-Key", "Content-Type", "Origin", "Host"])
 def test_no_header_makes_it_fail(client: httpx.Client, name: str) -> None:
     for value in (b"", b"\xff\xfe", b"Bearer \xed\xa0\x80", b"a" * 60_000, b"[::1", b":" * 100):

@@ -99,6 +99,7 @@ def calls_in(event: Json) -> bool:
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("place", PLACES)
 @EACH_API
 def test_a_reply_that_fails_in_its_middle_is_an_error_and_calls_nothing(
@@ -118,6 +119,7 @@ def test_a_reply_that_fails_in_its_middle_is_an_error_and_calls_nothing(
     assert [event for event in again if calls_in(event)]
 
 
+@pytest.mark.slow
 @EACH_API
 def test_a_client_that_leaves_within_a_call_leaves_a_server_that_answers(
     scripted: httpx.Client,
@@ -189,6 +191,7 @@ FENCED: Final = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("thinks", [True, False])
 @pytest.mark.parametrize("kind", FENCED)
 def test_marks_in_a_block_of_code_are_text_where_no_tool_is_offered(
@@ -205,6 +208,7 @@ def test_marks_in_a_block_of_code_are_text_where_no_tool_is_offered(
         assert json.dumps(text) in json.dumps(answer.json())
 
 
+@pytest.mark.slow
 def test_a_block_of_code_that_names_marks_is_the_same_text_in_the_next_turn(
     scripted: httpx.Client, script: Script
 ) -> None:
@@ -255,6 +259,7 @@ OPENS: Final = (
 )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("path", FORMATTED)
 def test_a_schema_holds_the_answer_and_not_what_was_thought(
     start: Callable[..., httpx.Client],
@@ -292,6 +297,7 @@ LEVELS: Final = (
 )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
 def test_levels_of_thinking_reach_the_template_over_ollamas_api(
     start: Callable[..., httpx.Client], make_model: Callable[..., Any], path: str

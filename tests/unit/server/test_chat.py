@@ -98,6 +98,7 @@ def runaways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SamplingParams, "__post_init__", repeating)
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("runaways")
 @pytest.mark.parametrize(
     ("path", "said"),
@@ -126,6 +127,7 @@ def test_a_reply_that_repeated_itself_is_told(
     raise AssertionError("it does not say that the reply was cut")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("runaways")
 def test_a_stored_response_says_so_too(client: httpx.Client, post: Callable[..., Json]) -> None:
     for limit, ended in ((1600, "repetition"), (8, None)):
@@ -150,6 +152,7 @@ EACH_API = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.few(1)
 @EACH_API
 def test_a_model_is_sampled_as_its_makers_recommend(
     start: Callable[..., httpx.Client],
@@ -186,6 +189,7 @@ def said_in(answer: Json) -> Json:
     return {"said": answer.get("content") or answer["choices"]}
 
 
+@pytest.mark.few(1)
 @EACH_API
 @pytest.mark.parametrize("seed", [None, 5, -1, 2**63 - 1, -(2**63)])
 def test_what_usage_says_of_the_sampling_gives_the_reply_again(
@@ -202,6 +206,7 @@ def test_what_usage_says_of_the_sampling_gives_the_reply_again(
     assert said_in(post(client, path, other)) != said_in(first)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("path", "said"),
     [
@@ -240,6 +245,7 @@ def test_the_operator_says_how_requests_are_sampled_that_do_not(
     assert told["temperature"] == 0.9
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("path", "said"),
     [
@@ -413,6 +419,7 @@ def slow(make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> S
     return Slow(make_model(), monkeypatch)
 
 
+@pytest.mark.slow
 def test_while_a_prompt_is_read_the_client_hears_of_it(
     start: Callable[..., httpx.Client], slow: Slow
 ) -> None:
@@ -426,6 +433,7 @@ def test_while_a_prompt_is_read_the_client_hears_of_it(
         assert "data: [DONE]" in list(lines)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_reply_at_once(
     start: Callable[..., httpx.Client],
@@ -494,6 +502,7 @@ def test_a_failing_forward_pass_is_an_error_and_the_next_request_works(
     assert "injected" not in failed.text
 
 
+@pytest.mark.slow
 def test_a_conversation_that_is_sent_whole_is_warm_after_a_restart(
     start: Callable[..., httpx.Client],
     servers: ExitStack,
@@ -518,6 +527,7 @@ def test_a_conversation_that_is_sent_whole_is_warm_after_a_restart(
     assert own["computed_tokens"] < 64 < usage["prompt_tokens"] // 3
 
 
+@pytest.mark.slow
 def test_a_choice_that_cannot_begin_leaves_no_other_running(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],
@@ -540,6 +550,7 @@ def test_a_choice_that_cannot_begin_leaves_no_other_running(
     assert client.post(PATH, json={**body, "max_tokens": 2}).status_code == 200
 
 
+@pytest.mark.slow
 def test_the_first_token_counts_all_of_a_wait(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],

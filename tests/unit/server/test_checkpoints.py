@@ -98,6 +98,7 @@ def pinned(home: Path) -> list[tuple[str, str]]:
         store.close()
 
 
+@pytest.mark.slow
 def test_the_answer_says_how_much_is_kept(start_kept: Start, post: Post, home: Path) -> None:
     client = start_kept()
     conversation = begun(post, client, LONG)
@@ -110,6 +111,7 @@ def test_the_answer_says_how_much_is_kept(start_kept: Start, post: Post, home: P
     assert pinned(home) == [(f"{conversation}.safe", "server checkpoint")]
 
 
+@pytest.mark.slow
 def test_it_survives_pressure_and_a_restart_and_is_warm_from_disk(
     start_kept: Start, restart: Start, post: Post
 ) -> None:
@@ -132,6 +134,7 @@ def test_it_survives_pressure_and_a_restart_and_is_warm_from_disk(
     assert cold["restored_tokens"] < 40 < cold["computed_tokens"], "there was pressure"
 
 
+@pytest.mark.slow
 def test_each_key_has_its_own_and_comes_back_to_it_from_disk(
     start_kept: Start, restart: Start, post: Post, as_second: Callable[[httpx.Client], httpx.Client]
 ) -> None:
@@ -151,6 +154,7 @@ def test_each_key_has_its_own_and_comes_back_to_it_from_disk(
         assert own["computed_tokens"] < 40
 
 
+@pytest.mark.slow
 def test_another_key_neither_sees_nor_uses_nor_deletes_it(
     start_kept: Start, post: Post, home: Path, as_second: Callable[[httpx.Client], httpx.Client]
 ) -> None:
@@ -176,6 +180,7 @@ def test_another_key_neither_sees_nor_uses_nor_deletes_it(
     assert cold["restored_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_the_kv_is_that_of_the_prompt_with_its_instructions_and_tools(
     start_kept: Start, restart: Start, post: Post
 ) -> None:
@@ -192,6 +197,7 @@ def test_the_kv_is_that_of_the_prompt_with_its_instructions_and_tools(
     assert own["computed_tokens"] < 40
 
 
+@pytest.mark.slow
 def test_the_same_name_at_the_same_place_keeps_what_is_kept(
     start_kept: Start, post: Post, home: Path
 ) -> None:
@@ -207,6 +213,7 @@ def test_the_same_name_at_the_same_place_keeps_what_is_kept(
     assert len(pinned(home)) == 1
 
 
+@pytest.mark.slow
 def test_a_place_without_kv_is_kept_once_there_is_a_disk(
     start: Start, servers: ExitStack, start_kept: Start, post: Post
 ) -> None:
@@ -221,6 +228,7 @@ def test_a_place_without_kv_is_kept_once_there_is_a_disk(
     assert keep(post, client, conversation)["kept"] is True
 
 
+@pytest.mark.slow
 def test_without_room_or_anything_said_the_place_is_named_all_the_same(
     start_kept: Start, post: Post, home: Path
 ) -> None:
@@ -238,12 +246,14 @@ def test_without_room_or_anything_said_the_place_is_named_all_the_same(
     assert pinned(home) == []
 
 
+@pytest.mark.slow
 def test_what_is_shorter_than_a_block_is_not_kept(start_kept: Start, post: Post) -> None:
     client = start_kept(whole_blocks_only=True, block_size=128)
     conversation = begun(post, client, "Hi")
     assert "shorter than a block" in keep(post, client, conversation)["reason"]
 
 
+@pytest.mark.slow
 def test_deleting_one_leaves_what_was_said(start_kept: Start, post: Post, home: Path) -> None:
     client = start_kept()
     conversation = begun(post, client, LONG)
@@ -268,6 +278,7 @@ def test_deleting_one_leaves_what_was_said(start_kept: Start, post: Post, home: 
         assert answer.status_code == 404
 
 
+@pytest.mark.slow
 def test_branches_are_no_checkpoints_and_checkpoints_do_not_move(
     start_kept: Start, post: Post
 ) -> None:
@@ -286,6 +297,7 @@ def test_branches_are_no_checkpoints_and_checkpoints_do_not_move(
     assert (set(tree["tips"]), tree["checkpoints"]) == ({"main", "safe"}, {})
 
 
+@pytest.mark.slow
 def test_one_that_is_deleted_while_it_is_kept_leaves_nothing(
     start_kept: Start, post: Post, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +314,7 @@ def test_one_that_is_deleted_while_it_is_kept_leaves_nothing(
     assert pinned(home) == []
 
 
+@pytest.mark.slow
 def test_with_a_conversation_go_its_pins(start_kept: Start, post: Post, home: Path) -> None:
     client = start_kept()
     conversation, other = begun(post, client, LONG), begun(post, client, "Other")
@@ -311,6 +324,7 @@ def test_with_a_conversation_go_its_pins(start_kept: Start, post: Post, home: Pa
     assert [name for name, _ in pinned(home)] == [f"{other}.safe"]
 
 
+@pytest.mark.slow
 def test_with_the_last_response_of_a_conversation_go_its_pins(
     start_kept: Start, post: Post, make_model: Callable[..., Model], home: Path
 ) -> None:
@@ -324,6 +338,7 @@ def test_with_the_last_response_of_a_conversation_go_its_pins(
     assert pinned(home) == []
 
 
+@pytest.mark.slow
 def test_in_an_encrypted_home_no_name_of_them_can_be_read(
     start: Start, servers: ExitStack, post: Post, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +363,7 @@ def test_in_an_encrypted_home_no_name_of_them_can_be_read(
     assert gone.json()["deleted"] is True
 
 
+@pytest.mark.slow
 def test_the_command_line_tells_them_from_its_own(
     start_kept: Start, post: Post, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

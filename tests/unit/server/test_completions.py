@@ -106,6 +106,7 @@ def test_a_prompt_is_given_back_with_its_log_probabilities(
         assert [value for part in streamed for value in part[name]] == likely[name]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("stream", [False, True])
 def test_no_tokens_at_all_can_be_asked_for(
     client: httpx.Client,

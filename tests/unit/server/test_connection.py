@@ -134,6 +134,7 @@ def test_large_headers_are_told_so(client: httpx.Client) -> None:
     assert client.get("/health", headers={"X": "a" * 60_000}).status_code == 200
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("sent", "drip", "status"),
     [
@@ -182,6 +183,7 @@ def test_a_slow_request_ends(
     assert received.startswith(b"HTTP/1.1 " + status), received
 
 
+@pytest.mark.slow
 def test_a_slow_body_is_told_so_in_the_words_of_its_api(start: Callable[..., httpx.Client]) -> None:
     client = start(limits=QUICK)
     path = b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -192,6 +194,7 @@ def test_a_slow_body_is_told_so_in_the_words_of_its_api(start: Callable[..., htt
     assert "0.3 s" in told["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_quick_client_has_its_time(start: Callable[..., httpx.Client]) -> None:
     """Deadlines belong to what is received: not to a reply, nor to the next request's wait for it."""
     client = start(limits=QUITE_QUICK)
@@ -208,6 +211,7 @@ def test_a_quick_client_has_its_time(start: Callable[..., httpx.Client]) -> None
         assert answer(one) == 200
 
 
+@pytest.mark.slow
 def test_a_long_reply_is_not_cut_by_a_deadline(
     start: Callable[..., httpx.Client], make_model: Callable[..., Any], monkeypatch: Any
 ) -> None:
@@ -263,6 +267,7 @@ def test_an_upgrade_is_no_way_round(start: Callable[..., httpx.Client]) -> None:
         assert answer(one) == 401
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "sent",
     [

@@ -38,6 +38,7 @@ def computed(response: Json) -> int:
     return tokens
 
 
+@pytest.mark.slow
 def test_a_conversation_remembers_what_was_said_in_it(
     client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
 ) -> None:
@@ -52,6 +53,7 @@ def test_a_conversation_remembers_what_was_said_in_it(
     assert client.get(f"{PATH}/{made['id']}").json() == made
 
 
+@pytest.mark.slow
 def test_rewind_goes_back_and_keeps_what_was_said_after(
     client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
 ) -> None:
@@ -71,6 +73,7 @@ def test_rewind_goes_back_and_keeps_what_was_said_after(
     assert texts(client, conversation) == [LONG]
 
 
+@pytest.mark.slow
 def test_a_fork_has_an_id_of_its_own_and_shares_the_beginning(
     client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
 ) -> None:
@@ -86,6 +89,7 @@ def test_a_fork_has_an_id_of_its_own_and_shares_the_beginning(
     assert post(client, f"{PATH}/{conversation}/fork", {})["branch"].startswith("fork-")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_a_place_to_come_back_to(
     client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
 ) -> None:
@@ -100,6 +104,7 @@ def test_a_checkpoint_is_a_place_to_come_back_to(
     assert missing.status_code == 404
 
 
+@pytest.mark.slow
 def test_the_tree_shows_all_branches(
     client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
 ) -> None:
@@ -133,6 +138,7 @@ def test_items_come_in_pages(client: httpx.Client, post: Callable[..., Json]) ->
     assert client.get(f"{address}/{newest['id']}").json() == newest
 
 
+@pytest.mark.slow
 def test_a_conversation_can_be_deleted(
     client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
 ) -> None:
@@ -156,6 +162,7 @@ def test_a_list_shows_those_that_responses_began_too(
     assert changed["metadata"] == {"c": "d"}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -174,6 +181,7 @@ def test_what_makes_no_sense_is_refused(
     assert client.post(f"{PATH}/{conversation}/{path}", json=body).status_code == 400
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("by", ["conversation", "previous_response_id"])
 def test_an_input_whose_reply_was_cut_off_is_not_said_twice(
     start: Callable[..., httpx.Client],
@@ -200,6 +208,7 @@ def test_an_input_whose_reply_was_cut_off_is_not_said_twice(
     assert said == ["One", "Two"]
 
 
+@pytest.mark.slow
 def test_messages_are_found_in_all_conversations_of_a_key_alone(
     start: Callable[..., httpx.Client], post: Callable[..., Json], say: Callable[..., Json]
 ) -> None:
@@ -235,12 +244,14 @@ def test_messages_are_found_in_all_conversations_of_a_key_alone(
     assert lost.status_code == 404
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("query", ['"', "AND OR (", "*", "a:b", "\x00", "NEAR(", "'", "a" * 1000])
 def test_no_search_is_an_error_of_the_server(client: httpx.Client, query: str) -> None:
     found = client.get("/v1/search", params={"query": query})
     assert found.status_code == (400 if query == '"' else 200)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "params",
     [
@@ -333,6 +344,7 @@ def write_many(home: Path, conversation: str, count: int) -> None:
         journal.write(label.conversation_id, Entry(nodes=nodes, parent_id=at, tip="main"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["tree", "items"])
 def test_a_page_costs_what_is_on_it_however_large_the_conversation(
     client: httpx.Client,
@@ -370,6 +382,7 @@ def test_a_page_costs_what_is_on_it_however_large_the_conversation(
     assert client.get(address).status_code == 404
 
 
+@pytest.mark.slow
 def test_pages_of_a_tree_go_on_after_a_message_that_was_said_again(
     client: httpx.Client, post: Callable[..., Json]
 ) -> None:
@@ -385,6 +398,7 @@ def test_pages_of_a_tree_go_on_after_a_message_that_was_said_again(
     assert [node["id"] for node in by_pages] == [node["id"] for node in whole]
 
 
+@pytest.mark.slow
 def test_every_list_of_ten_thousand_comes_in_pages(
     client: httpx.Client, post: Callable[..., Json], tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def encrypted(
     return client, response.json()["id"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
@@ -63,6 +64,7 @@ def test_what_is_kept_is_unavailable_and_the_answer_says_to_start_anew(
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.few(1)
 def test_what_is_not_kept_is_answered(encrypted: tuple[httpx.Client, str]) -> None:
     client, _ = encrypted
     said = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}

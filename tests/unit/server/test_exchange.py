@@ -79,6 +79,7 @@ def test_what_a_key_imports_is_its_own(start: Callable[..., httpx.Client]) -> No
     assert client.get(f"{PATH}/{made}/export", headers=theirs).status_code == 404
 
 
+@pytest.mark.slow
 def test_a_branch_gets_another_name_and_goes_on(
     client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json], told: Any
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_branch_gets_another_name_and_goes_on(
         assert refused.status_code == 409
 
 
+@pytest.mark.slow
 def test_a_branch_that_is_forgotten_leaves_what_was_said(
     client: httpx.Client, post: Callable[..., Json], told: Any
 ) -> None:
@@ -111,6 +113,7 @@ def test_a_branch_that_is_forgotten_leaves_what_was_said(
     assert tree(client, conversation)["nodes"] == before["nodes"]
 
 
+@pytest.mark.slow
 def test_a_fork_before_a_question_says_something_else_there(
     client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json], told: Any
 ) -> None:
@@ -125,6 +128,7 @@ def test_a_fork_before_a_question_says_something_else_there(
     assert client.post(f"{PATH}/{conversation}/fork", json=both).status_code == 400
 
 
+@pytest.mark.slow
 def test_without_input_a_question_is_answered_once_more(
     client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json], told: Any
 ) -> None:
@@ -139,6 +143,7 @@ def test_without_input_a_question_is_answered_once_more(
     assert reply["usage"]["recollect"]["computed_tokens"] < 20
 
 
+@pytest.mark.slow
 def test_without_input_a_reply_that_was_cut_goes_on(
     client: httpx.Client, say: Callable[..., Json], told: Any
 ) -> None:
@@ -163,6 +168,7 @@ def test_without_input_there_has_to_be_something_to_answer(
     assert refused.status_code == 400
 
 
+@pytest.mark.slow
 def test_the_tree_tells_what_each_reply_cost(told: tuple[str, Json]) -> None:
     _, found = told
     usages = [node["usage"] for node in found["nodes"] if node["role"] == "assistant"]

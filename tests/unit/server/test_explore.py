@@ -76,6 +76,7 @@ def test_a_stream_says_which_branch_each_piece_is_of(
     assert client.get(f"{PATH}/{conversation}/items").json()["data"] == before
 
 
+@pytest.mark.slow
 def test_all_at_once_is_the_same(
     client: httpx.Client, conversation: str, post: Callable[..., Json]
 ) -> None:
@@ -88,6 +89,7 @@ def test_all_at_once_is_the_same(
     assert found["usage"]["output_tokens"] == 18
 
 
+@pytest.mark.slow
 def test_branches_say_for_themselves_how_they_are_sampled(
     client: httpx.Client, conversation: str, post: Callable[..., Json]
 ) -> None:
@@ -104,6 +106,7 @@ def test_branches_say_for_themselves_how_they_are_sampled(
     assert tips(client, conversation) == {"main", "calm", "wild"}
 
 
+@pytest.mark.slow
 def test_a_message_is_answered_so_often_as_is_said(
     client: httpx.Client, conversation: str, post: Callable[..., Json]
 ) -> None:
@@ -128,6 +131,7 @@ def test_nothing_is_kept_that_is_not_to_be(
     assert shape(client, conversation) == before
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("body", "status", "told"),
     [
@@ -160,6 +164,7 @@ def test_what_cannot_be_is_refused_whole(
     assert shape(client, conversation) == before
 
 
+@pytest.mark.slow
 def test_an_answer_needs_a_message(client: httpx.Client, post: Callable[..., Json]) -> None:
     made = post(client, PATH, {"items": [{"role": "system", "content": LONG}]})["id"]
     answer = client.post(f"{PATH}/{made}/explore", json={"n": 2, **HOT})
@@ -177,6 +182,7 @@ def test_another_keys_conversation_is_not_there(
     assert answer.status_code == 404
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_away_ends_all_branches(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],
@@ -235,6 +241,7 @@ def test_the_tools_of_the_last_response_are_offered_again(
     assert usage["recollect"]["computed_tokens"] < 40 < usage["input_tokens"]
 
 
+@pytest.mark.slow
 def test_one_branch_that_fails_is_told_and_the_others_go_on(
     client: httpx.Client,
     conversation: str,
@@ -262,6 +269,7 @@ def test_one_branch_that_fails_is_told_and_the_others_go_on(
     assert ["error" in one for one in whole["branches"]] == [False, True, False]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -287,6 +295,7 @@ def test_a_search_for_nothing_is_refused_by_name(client: httpx.Client) -> None:
     assert answer.json()["error"]["param"] == "query"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -310,6 +319,7 @@ def test_an_id_that_is_nowhere_is_refused_by_the_name_of_its_parameter(
     assert answer.json()["error"]["param"] == param
 
 
+@pytest.mark.slow
 def test_a_conversation_that_is_deleted_meanwhile_is_told_to_be(
     client: httpx.Client, conversation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +348,7 @@ def test_a_conversation_that_is_deleted_meanwhile_is_told_to_be(
         assert "has been deleted meanwhile" in one["error"]["message"]
 
 
+@pytest.mark.slow
 def test_two_that_want_one_name_both_keep_their_replies(
     client: httpx.Client, conversation: str
 ) -> None:

@@ -93,6 +93,7 @@ def in_background(stack: ExitStack, work: Callable[[], object], count: int = 1) 
         stack.callback(thread.join, WAIT_S)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "prompt"),
     [
@@ -170,6 +171,7 @@ def cancelled(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return happened
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("public", [False, True])
 def test_a_prewarm_that_nobody_waits_for_any_more_is_not_computed(
     start: Callable[..., httpx.Client],
@@ -192,6 +194,7 @@ def test_a_prewarm_that_nobody_waits_for_any_more_is_not_computed(
     model.engine.check()
 
 
+@pytest.mark.slow
 def test_a_prewarm_that_is_given_up_is_no_failure_in_the_log(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],
@@ -248,6 +251,7 @@ def test_of_several_prompts_none_is_begun_where_one_cannot_be(
     assert submitted == []
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -317,6 +321,7 @@ def disconnected(client: httpx.Client, path: str) -> bool:
     return f'recollect_requests_total{{endpoint="{path}"' in client.get("/metrics").text
 
 
+@pytest.mark.slow
 def test_the_time_that_was_saved_says_nothing_of_what_another_key_sent(
     start: Callable[..., httpx.Client], post: Callable[..., Json]
 ) -> None:

@@ -125,6 +125,7 @@ def test_where_all_memory_is_in_use_a_client_is_told_to_come_back(
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_what_is_loaded_can_be_looked_at_while_it_changes(
     make_hub: Callable[..., ModelHub],
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_model_that_cannot_be_loaded_is_told_without_this_machines_paths(
     assert client.get("/health").json()["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_conversations_stay_when_their_model_is_unloaded(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],

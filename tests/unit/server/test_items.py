@@ -42,6 +42,7 @@ def texts(found: list[Json]) -> list[str]:
     return [one["content"][0]["text"] for one in found]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("which", range(6))
 def test_the_others_stay_with_their_ids(
     client: httpx.Client, conversation: str, which: int
@@ -74,6 +75,7 @@ def test_the_official_client_deletes_one_after_the_other(
             official.conversations.items.delete("msg_other", conversation_id=conversation)
 
 
+@pytest.mark.slow
 def test_replies_keep_the_tokens_that_they_were_generated_as(
     client: httpx.Client, conversation: str, post: Post, tmp_path: Path
 ) -> None:
@@ -101,6 +103,7 @@ def test_replies_keep_the_tokens_that_they_were_generated_as(
     assert len({node["id"] for node in tree["nodes"]}) == len(tree["nodes"]) == 6 + 4 + 4 + 4 + 2
 
 
+@pytest.mark.slow
 def test_branches_checkpoints_and_responses_have_what_they_had(
     client: httpx.Client, conversation: str, post: Post
 ) -> None:
@@ -119,6 +122,7 @@ def test_branches_checkpoints_and_responses_have_what_they_had(
     assert items(client, conversation) == whole
 
 
+@pytest.mark.slow
 def test_an_item_is_found_by_its_id_on_whatever_path_it_is(
     client: httpx.Client, conversation: str, post: Post
 ) -> None:
@@ -135,6 +139,7 @@ def test_an_item_is_found_by_its_id_on_whatever_path_it_is(
     assert items(client, conversation) == before[1:4]
 
 
+@pytest.mark.slow
 def test_what_is_on_another_branch_or_in_another_conversation_is_not_found(
     client: httpx.Client, conversation: str, post: Post
 ) -> None:
@@ -148,6 +153,7 @@ def test_what_is_on_another_branch_or_in_another_conversation_is_not_found(
     assert items(client, conversation) == before[:4]
 
 
+@pytest.mark.slow
 def test_instructions_are_an_item_and_their_request_still_replaces_them(
     client: httpx.Client, post: Post
 ) -> None:
@@ -168,6 +174,7 @@ def test_instructions_are_an_item_and_their_request_still_replaces_them(
     assert texts(items(client, conversation))[:-2] == texts(kind)[1:], "no message went with them"
 
 
+@pytest.mark.slow
 def test_a_call_is_deleted_with_its_reply_where_it_is_all_of_it(
     client: httpx.Client, post: Post
 ) -> None:

@@ -42,6 +42,7 @@ def said(client: httpx.Client, conversation: str) -> list[str]:
     return [item["content"][0]["text"] for item in items]
 
 
+@pytest.mark.slow
 def test_a_chat_that_goes_on_is_one_conversation(
     start: Callable[..., httpx.Client], go_on: Chat, post: Callable[..., Json]
 ) -> None:
@@ -63,6 +64,7 @@ def test_without_it_nothing_is_kept(client: httpx.Client, go_on: Chat) -> None:
     assert conversations(client) == []
 
 
+@pytest.mark.slow
 def test_edits_and_retries_are_branches(start: Callable[..., httpx.Client], go_on: Chat) -> None:
     client = start(keeps_chats=True)
     messages = go_on(client, SYSTEM, user("One"))
@@ -79,6 +81,7 @@ def test_edits_and_retries_are_branches(start: Callable[..., httpx.Client], go_o
     assert said(client, f"{made['id']}.main-2")[3] == "Two, edited"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_stays_where_it_is_when_the_chat_goes_on(
     start: Callable[..., httpx.Client], go_on: Chat, post: Callable[..., Json]
 ) -> None:
@@ -92,6 +95,7 @@ def test_a_checkpoint_stays_where_it_is_when_the_chat_goes_on(
     assert len(said(client, made["id"])) == 2
 
 
+@pytest.mark.slow
 def test_chats_that_only_share_instructions_are_two(
     start: Callable[..., httpx.Client], go_on: Chat
 ) -> None:
@@ -113,6 +117,7 @@ def test_several_choices_are_branches(
     assert len(tree["tips"]) == 3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -137,6 +142,7 @@ def test_streams_are_kept_too(start: Callable[..., httpx.Client]) -> None:
     assert len(conversations(client)) == 1
 
 
+@pytest.mark.slow
 def test_what_keeps_nothing_by_its_own_word_is_not_kept(
     start: Callable[..., httpx.Client], post: Callable[..., Json]
 ) -> None:
@@ -159,6 +165,7 @@ def test_each_key_has_its_own(start: Callable[..., httpx.Client], go_on: Chat) -
     assert [one["turns"] for one in conversations(client)] == [1]
 
 
+@pytest.mark.slow
 def test_a_chat_goes_on_after_a_restart_and_after_it_was_deleted(
     start: Callable[..., httpx.Client], go_on: Chat, servers: ExitStack
 ) -> None:
@@ -175,6 +182,7 @@ def test_a_chat_goes_on_after_a_restart_and_after_it_was_deleted(
     assert said(client, again["id"]) == [one["content"] for one in messages]
 
 
+@pytest.mark.slow
 def test_the_same_chat_is_kept_again_after_it_was_deleted(
     start: Callable[..., httpx.Client], go_on: Chat
 ) -> None:
@@ -211,6 +219,7 @@ def test_where_the_journal_cannot_be_written_the_client_has_its_reply(
     assert said(client, made["id"]) == [one["content"] for one in messages]
 
 
+@pytest.mark.slow
 def test_what_is_known_has_a_bound(
     start: Callable[..., httpx.Client], go_on: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:

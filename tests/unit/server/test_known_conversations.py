@@ -25,6 +25,7 @@ def message(number: int, length: int, fingerprint: str) -> NewNode:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [8, 400])
 def test_what_is_kept_takes_about_what_it_is_counted_as(
     make_model: Callable[..., Model], tmp_path: Path, length: int

@@ -63,6 +63,7 @@ def test_all_addresses_of_a_name_are_listened_on_at_one_port(
             one.close()
 
 
+@pytest.mark.slow
 def test_a_server_answers_on_the_port_that_it_took_and_frees_it(tmp_path: Path) -> None:
     listening, may_fail, ports, told = threading.Event(), threading.Event(), [], []
 

@@ -104,6 +104,7 @@ def test_a_chat_is_streamed_as_lines_unless_it_is_not_to_be(
     assert once["done"] is True
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("streams", [True, False])
 def test_tools_are_called_for_three_turns_and_nothing_is_read_twice(
     scripted: Callable[..., httpx.Client], streams: bool

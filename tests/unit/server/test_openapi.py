@@ -51,6 +51,7 @@ PATHS = {
 }
 
 
+@pytest.mark.slow
 def test_the_document_names_every_call(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     assert set(document["paths"]) == PATHS
@@ -62,6 +63,7 @@ def test_no_page_runs_scripts_of_others_in_the_servers_name(client: httpx.Client
     assert client.get("/").headers["content-type"] == "application/json"
 
 
+@pytest.mark.slow
 def test_every_body_passes_the_one_check(client: httpx.Client) -> None:
     """A body that is too deep is no JSON to any call that takes one."""
     document = client.get("/openapi.json").json()

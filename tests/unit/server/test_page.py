@@ -15,6 +15,7 @@ BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;
 MOST_BYTES = 400_000
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("accept", [None, "*/*", "application/json"])
 def test_clients_that_look_for_a_server_are_told_as_before(
     client: httpx.Client, accept: str | None
@@ -47,6 +48,7 @@ def test_only_files_of_the_page_and_its_import_map_may_run(client: httpx.Client)
     assert not re.search(r"""\sstyle=|\son[a-z]+=|https?://""", answer.text)
 
 
+@pytest.mark.slow
 def test_every_file_that_the_page_names_is_there(client: httpx.Client) -> None:
     text = client.get("/", headers=BROWSER).text
     named = set(re.findall(r'"(/web/[^"]+\.[a-z]+)"', text))
@@ -71,6 +73,7 @@ def test_files_that_a_browser_has_are_not_sent_again(client: httpx.Client) -> No
     assert (again.status_code, again.content) == (304, b"")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "path", ["/web/", "/web/none.js", "/web/index.html", "/web/vendor/README.md", "/web/types.d.ts"]
 )
@@ -78,6 +81,7 @@ def test_nothing_else_of_the_package_is_sent(client: httpx.Client, path: str) ->
     assert client.get(path).status_code == 404
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("path", ["/web/../v1/models", "/web/%2e%2e/v1/models", "/webx", "/web"])
 def test_the_addresses_of_files_lead_nowhere_else_without_a_key(
     start: Callable[..., httpx.Client], path: str

@@ -55,6 +55,7 @@ def trace() -> Iterator[Trace]:
     threading.setprofile(before)
 
 
+@pytest.mark.slow
 def test_a_chat_request_enters_at_most_20_modules_on_its_way_to_the_engine(
     trace: Trace, start: Callable[..., httpx.Client], chat: Callable[..., Any]
 ) -> None:

@@ -71,6 +71,7 @@ def test_without_the_mark_each_key_computes_all(
         assert computed(answer) == answer["usage"]["prompt_tokens"]
 
 
+@pytest.mark.slow
 def test_what_one_key_goes_on_with_is_computed_again_for_another(
     start: Callable[..., httpx.Client], post: Callable[..., Json], ask: Callable[..., Json]
 ) -> None:
@@ -84,6 +85,7 @@ def test_what_one_key_goes_on_with_is_computed_again_for_another(
     assert computed(other) > 320, "another prompt is shared with nobody"
 
 
+@pytest.mark.slow
 def test_replies_are_those_of_a_server_that_shares_nothing(
     start: Callable[..., httpx.Client], post: Callable[..., Json], ask: Callable[..., Json]
 ) -> None:
@@ -141,6 +143,7 @@ def test_the_beginning_of_a_conversation_may_be_marked(
     assert answer["usage"]["recollect"]["reused_tokens"] == marked["prompt_tokens"]
 
 
+@pytest.mark.slow
 def test_prompts_are_published_after_each_load(
     start: Callable[..., httpx.Client], make_model: Callable[..., Model], ask: Callable[..., Json]
 ) -> None:

@@ -62,6 +62,7 @@ def files(home: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_no_get_changes_anything_in_the_home(
     start: Callable[..., httpx.Client],
     post: Callable[..., Json],
@@ -120,6 +121,7 @@ def test_a_list_does_not_change_which_conversation_is_the_last(
         assert [info.name for info in journal.conversations()] == ["new", "old"]
 
 
+@pytest.mark.slow
 def test_notes_are_no_use_of_a_conversation(
     client: httpx.Client, post: Callable[..., Json], journal_path: Path
 ) -> None:
@@ -131,6 +133,7 @@ def test_notes_are_no_use_of_a_conversation(
     assert [one["id"] for one in client.get(PATH).json()["data"]] == [second, first]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("order", ["asc", "desc"])
 def test_conversations_come_in_pages(
     client: httpx.Client, post: Callable[..., Json], order: str
@@ -163,6 +166,7 @@ def filled(journal: Journal, conversations: int, turns: int, *, length: int = 20
         journal.begin(None, Entry(nodes=nodes, tip="main"), model="m", fingerprint="")
 
 
+@pytest.mark.slow
 def test_a_page_costs_the_same_however_many_there_are_and_however_long(
     start: Callable[..., httpx.Client], sql_work: Any, tmp_path: Path, journal_path: Path
 ) -> None:
@@ -182,6 +186,7 @@ def test_a_page_costs_the_same_however_many_there_are_and_however_long(
     assert many < 1.2 * few
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "change",
     [
@@ -219,6 +224,7 @@ BAD_ITEMS = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("items", BAD_ITEMS)
 @pytest.mark.parametrize("place", ["", "/{id}/items"])
 def test_what_is_refused_leaves_nothing_behind(
@@ -246,6 +252,7 @@ def nested(depth: int) -> Any:
 BAD_METADATA = [{"a": "\ud800"}, {"\ud800": "a"}, nested(300), {"a": [nested(200)]}]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("metadata", BAD_METADATA, ids=["value", "key", "deep", "deep list"])
 def test_metadata_that_could_not_be_shown_again_is_refused_and_not_kept(
     client: httpx.Client, post: Callable[..., Json], journal_path: Path, metadata: Any
@@ -263,6 +270,7 @@ def test_metadata_that_could_not_be_shown_again_is_refused_and_not_kept(
     assert client.get(PATH).json()["data"][0]["metadata"] == {"a": "b"}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("metadata", [*BAD_METADATA, nested(20_000)])
 def test_a_list_survives_a_note_that_an_earlier_version_kept(
     client: httpx.Client, post: Callable[..., Json], journal_path: Path, metadata: Any
@@ -302,6 +310,7 @@ def test_deleting_the_last_response_deletes_its_conversation_also_after_a_list(
     assert client.get(PATH).json()["data"] == []
 
 
+@pytest.mark.slow
 def test_names_of_conversations_are_found_in_few_steps(sql_work: Any, journal_path: Path) -> None:
     costs = []
     with Journal.open(journal_path) as journal:
@@ -316,6 +325,7 @@ def test_names_of_conversations_are_found_in_few_steps(sql_work: Any, journal_pa
     assert costs[1] < 2 * costs[0]
 
 
+@pytest.mark.slow
 def test_many_requests_at_once_open_one_journal(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +343,7 @@ def test_many_requests_at_once_open_one_journal(
     assert next(opened) == 1
 
 
+@pytest.mark.slow
 def test_a_held_journal_takes_no_turn_from_chats_that_keep_nothing(
     start: Callable[..., httpx.Client],
     post: Callable[..., Json],
@@ -404,6 +415,7 @@ def test_a_full_disk_has_a_code_of_its_own_and_can_be_read(
     post(client, f"{PATH}/{made}/items", big)
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_has_a_code_of_its_own_and_can_be_read(
     small_disk: Any, client: httpx.Client, chat: Callable[..., Json], journal_path: Path
 ) -> None:

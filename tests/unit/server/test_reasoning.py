@@ -32,6 +32,7 @@ def read_again(usage: Json, before: Json) -> int:
     return int(had) - cached
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("sends_back", [True, False])
 def test_chat_completions_have_reasoning_content(openais: Any, sends_back: bool) -> None:
     messages, usages = [*ASKED], list[Json]()
@@ -81,6 +82,7 @@ def test_a_template_that_is_told_not_to_think_closes_reasoning(
     assert [length - prompts[0] for length in prompts] == [0, closed, closed, closed, 0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("streams", [True, False])
 def test_messages_have_a_thinking_block_that_comes_back(anthropics: Any, streams: bool) -> None:
     messages: list[Json] = [*ASKED]
@@ -105,6 +107,7 @@ def test_messages_have_a_thinking_block_that_comes_back(anthropics: Any, streams
     assert new == spent[1].input_tokens < spent[0].input_tokens + spent[0].output_tokens
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("streams", [True, False])
 def test_responses_have_a_reasoning_item_that_comes_back(openais: Any, streams: bool) -> None:
     items: list[Any] = [*ASKED]
@@ -132,6 +135,7 @@ def test_responses_have_a_reasoning_item_that_comes_back(openais: Any, streams: 
         assert after.input_tokens_details.cached_tokens == had
 
 
+@pytest.mark.slow
 def test_a_kept_response_has_its_reasoning(openais: Any, client: httpx.Client) -> None:
     first = openais.responses.create(model="reference", input="One?")
     kept = openais.responses.retrieve(first.id)
@@ -167,6 +171,7 @@ def test_a_stream_numbers_its_items_as_the_response_does(client: httpx.Client) -
     assert "".join(event["delta"] for event in deltas) == THOUGHT
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("path", "how"),
     [

@@ -39,6 +39,7 @@ def cached(response: Json) -> int:
     return tokens
 
 
+@pytest.mark.slow
 def test_a_response_goes_on_from_any_earlier_one(
     client: httpx.Client, respond: Callable[..., Json]
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_response_goes_on_from_any_earlier_one(
     assert third["previous_response_id"] == second["id"]
 
 
+@pytest.mark.slow
 def test_it_says_what_a_chat_with_the_same_messages_says(
     client: httpx.Client, respond: Callable[..., Json], chat: Callable[..., Json]
 ) -> None:
@@ -69,6 +71,7 @@ def test_it_says_what_a_chat_with_the_same_messages_says(
     assert second["usage"]["input_tokens"] == same["usage"]["prompt_tokens"]
 
 
+@pytest.mark.slow
 def test_instructions_are_not_inherited(
     client: httpx.Client, respond: Callable[..., Json], chat: Callable[..., Json]
 ) -> None:
@@ -85,6 +88,7 @@ def test_instructions_are_not_inherited(
     assert other["instructions"] == "Be quick. " * 9
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_a_restart(
     start: Callable[..., httpx.Client], servers: ExitStack, respond: Callable[..., Json]
 ) -> None:
@@ -124,6 +128,7 @@ def test_what_is_not_stored_is_not_there(
     assert lost.json()["error"]["code"] == "previous_response_not_found"
 
 
+@pytest.mark.slow
 def test_a_deleted_response_is_gone_and_the_others_are_not(
     client: httpx.Client, respond: Callable[..., Json]
 ) -> None:
@@ -135,6 +140,7 @@ def test_a_deleted_response_is_gone_and_the_others_are_not(
     respond(client, "And?", previous_response_id=second["id"])
 
 
+@pytest.mark.slow
 def test_with_its_last_response_a_conversation_is_deleted(
     client: httpx.Client, respond: Callable[..., Json]
 ) -> None:
@@ -145,6 +151,7 @@ def test_with_its_last_response_a_conversation_is_deleted(
     assert client.get("/v1/conversations").json()["data"] == []
 
 
+@pytest.mark.slow
 def test_a_history_sent_as_items_is_taken_over_as_it_was_generated(
     client: httpx.Client, respond: Callable[..., Json]
 ) -> None:
@@ -166,6 +173,7 @@ def test_a_history_sent_as_items_is_taken_over_as_it_was_generated(
     assert computed(third) < 60
 
 
+@pytest.mark.slow
 def test_a_chat_takes_over_what_a_response_said_and_is_not_kept_with_it(
     client: httpx.Client, respond: Callable[..., Json], chat: Callable[..., Json]
 ) -> None:
@@ -214,6 +222,7 @@ def test_a_stream_has_the_events_that_clients_wait_for(
     respond(client, "Go on", previous_response_id=last["response"]["id"])
 
 
+@pytest.mark.slow
 def test_a_full_context_drops_the_oldest_turns_where_that_is_wanted(
     client: httpx.Client, respond: Callable[..., Json]
 ) -> None:
@@ -245,6 +254,7 @@ def said(role: str, text: str) -> Json:
     return {"role": role, "content": text}
 
 
+@pytest.mark.slow
 def test_a_client_that_sends_the_whole_history_with_instructions_is_recognised(
     start: Callable[..., httpx.Client], respond: Callable[..., Json], post: Callable[..., Json]
 ) -> None:
@@ -272,6 +282,7 @@ def test_instructions_that_changed_are_told(
     assert own["difference"].startswith("Message 1: 'Monday.")
 
 
+@pytest.mark.slow
 def test_the_whole_history_is_recognised_after_a_restart(
     start: Callable[..., httpx.Client],
     servers: ExitStack,

@@ -59,6 +59,7 @@ def prompt_tokens(answer: Json) -> int:
     return int(usage.get("prompt_tokens", usage.get("input_tokens")))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("path", "body"), CASES)
 def test_what_is_said_has_the_length_of_text(
     client: httpx.Client, post: Callable[..., Json], path: str, body: Callable[[str], Json]

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import anthropic
-import openai
 import pytest
 
 ASKED: Any = [{"role": "user", "content": "Hello"}]
@@ -15,6 +13,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("length", [8, 30, 50, 200])
 def test_a_message_is_the_same_streamed_and_whole(anthropics: Any, length: int) -> None:
     asked = {
@@ -42,6 +41,7 @@ def test_a_message_is_the_same_streamed_and_whole(anthropics: Any, length: int) 
     assert whole.stop_reason == streamed.stop_reason
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("length", [8, 30, 50, 200])
 def test_a_completion_is_the_same_streamed_and_whole(openais: Any, length: int) -> None:
     function = {"name": "weather", "parameters": PARAMETERS}
@@ -70,7 +70,10 @@ def test_a_completion_is_the_same_streamed_and_whole(openais: Any, length: int) 
     assert reason == whole.finish_reason
 
 
+@pytest.mark.slow
 def test_a_stored_history_is_sent_by_reference(openais: Any) -> None:
+    import openai
+
     """As the AI SDK does from its second turn on."""
     first = openais.responses.create(model="reference", input="Hello", max_output_tokens=8)
     items: Any = [
@@ -89,7 +92,11 @@ def test_a_stored_history_is_sent_by_reference(openais: Any) -> None:
         openais.responses.create(model="reference", input=missing)
 
 
+@pytest.mark.slow
 def test_mistakes_are_errors_of_the_sdks(openais: Any, anthropics: Any) -> None:
+    import anthropic
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="temperature") as wrong:
         openais.chat.completions.create(
             model="reference", messages=ASKED, extra_body={"temprature": 1}

@@ -38,6 +38,7 @@ def bearer(key: str) -> dict[str, str]:
 # --- keys
 
 
+@pytest.mark.slow
 def test_without_the_key_nothing_answers_but_health(start: Callable[..., httpx.Client]) -> None:
     client = start(keys=["right"])
     assert client.post(CHAT, json=HELLO).status_code == 200
@@ -53,6 +54,7 @@ def test_without_the_key_nothing_answers_but_health(start: Callable[..., httpx.C
             assert health.status_code in {200, 503}
 
 
+@pytest.mark.slow
 def test_what_one_key_said_is_computed_again_for_another(
     start: Callable[..., httpx.Client], make_model: Callable[..., Model], monkeypatch: Any
 ) -> None:
@@ -83,6 +85,7 @@ def test_what_one_key_said_is_computed_again_for_another(
     assert all(seconds > 3 * warm for _, seconds in others)
 
 
+@pytest.mark.slow
 def test_ids_of_one_key_are_not_found_by_another(
     start: Callable[..., httpx.Client], post: Callable[..., Json]
 ) -> None:

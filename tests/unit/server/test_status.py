@@ -113,6 +113,7 @@ def test_a_call_by_another_method_is_told_which_there_is(client: httpx.Client) -
     assert "/openapi.json" in error["message"]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("path", "told"),
     [

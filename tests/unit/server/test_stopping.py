@@ -106,6 +106,7 @@ LONG: Final = {"stream": True, "ignore_eos": True, "max_tokens": 4000}
 SAID: Final = [{"role": "user", "content": "Hello"}]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_stream_with_a_last_event(start: Callable[..., Server]) -> None:
     server = start()
     stream = Stream(server.client, "/v1/chat/completions", {**LONG, "messages": SAID})
@@ -142,6 +143,7 @@ def test_after_ten_seconds_replies_end_with_a_last_event(start: Callable[..., Se
         assert "error" in json.loads(stream.lines[-1])
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_model_loads_ends_at_once(start: Callable[..., Server]) -> None:
     server = start(load_s=300)
     server.interrupt()
@@ -174,6 +176,7 @@ def test_a_request_that_waits_for_the_model_is_answered(start: Callable[..., Ser
     assert [answer.status_code for answer in answers] == [503]
 
 
+@pytest.mark.slow
 def test_who_watches_events_is_not_waited_for(start: Callable[..., Server]) -> None:
     """Streams of events have no end of their own, and nobody loses a word by theirs."""
     server = start()

@@ -46,6 +46,7 @@ def with_history(path: str, *messages: Json, **fields: Any) -> Json:
 # --- fields
 
 
+@pytest.mark.few(1)
 @EVERYWHERE
 def test_an_unknown_field_changes_nothing_and_is_named(
     client: httpx.Client, path: str, caplog: pytest.LogCaptureFixture
@@ -145,6 +146,7 @@ def test_a_name_is_near_within_two_edits(name: str, meant: str | None) -> None:
     assert nearest(name, known) == meant
 
 
+@pytest.mark.few(1)
 @EVERYWHERE
 def test_null_is_not_given(client: httpx.Client, path: str) -> None:
     """Of every field that the document has and that is not required."""
@@ -171,6 +173,7 @@ def test_null_inside_parts_is_not_given_either(client: httpx.Client) -> None:
     assert client.post(CHAT, json={**body, "stream": True}).status_code == 200
 
 
+@pytest.mark.few(1)
 @EVERYWHERE
 def test_a_strict_server_refuses_every_field_that_it_does_not_know(
     start: Callable[..., httpx.Client], path: str
@@ -231,6 +234,7 @@ CHAT_TOOL = {"type": "function", "function": TOOL}
 NO_SCHEMA = {"name": "a", "schema": {"type": "nonsense"}}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
@@ -318,6 +322,7 @@ REASONING_ITEM = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("knows", [True, False])
 @pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
 def test_thoughts_are_given_to_templates_that_use_them_and_dropped_by_others(
@@ -339,6 +344,7 @@ def test_thoughts_are_given_to_templates_that_use_them_and_dropped_by_others(
         assert said(path, answer.json()) == expected
 
 
+@pytest.mark.slow
 def test_whether_to_think_reaches_the_template_in_every_shape(
     start: Callable[..., httpx.Client], make_model: Callable[..., Model]
 ) -> None:
@@ -409,6 +415,7 @@ def user(text: str) -> Json:
     return {"role": "user", "content": text}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("template", "messages", "folded"),
     [
@@ -498,6 +505,7 @@ OTHERS: dict[str, list[Json]] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("path", list(TOOLS))
 def test_tools_that_are_no_functions_are_left_out_and_named(
     client: httpx.Client, path: str
@@ -537,6 +545,7 @@ def calls_of(path: str, answer: Json) -> list[str]:
     return [item["name"] for item in items if item["type"] in ("function_call", "tool_use")]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("path", list(TOOLS))
 @pytest.mark.parametrize("name", ["none", "auto", "required"])
 def test_a_tool_called_like_a_mode_is_called_when_it_is_chosen(
@@ -554,6 +563,7 @@ def test_a_tool_called_like_a_mode_is_called_when_it_is_chosen(
     assert calls_of(path, post(client, path, body)) == [name]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])
 def test_some_of_the_tools_can_be_allowed(
     client: httpx.Client, post: Callable[..., Json], path: str
@@ -575,6 +585,7 @@ def test_some_of_the_tools_can_be_allowed(
     assert set(found) == {"other"}
 
 
+@pytest.mark.slow
 def test_a_namespace_is_flattened_for_the_model_and_told_apart_to_the_client(
     client: httpx.Client, post: Callable[..., Json], events: Callable[..., list[Any]]
 ) -> None:
@@ -608,6 +619,7 @@ def test_a_namespace_is_flattened_for_the_model_and_told_apart_to_the_client(
 # --- items that stand for others
 
 
+@pytest.mark.slow
 def test_a_reference_is_the_item_that_it_names(
     client: httpx.Client, post: Callable[..., Json]
 ) -> None:
@@ -662,6 +674,7 @@ def test_a_reference_to_what_is_not_there_or_another_keys_is_told(
 BILLING = "x-anthropic-billing-header: cc_version=2.1; cch=9f2c1;"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "system",
     [
@@ -688,6 +701,7 @@ def block(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("path", "plain", "given", "named"),
     [
@@ -737,6 +751,7 @@ def test_nor_is_it_where_a_program_in_between_has_put_it_elsewhere(
     assert answer.json()["usage"]["recollect"]["computed_tokens"] == 1
 
 
+@pytest.mark.slow
 def test_nor_is_it_in_the_instructions_of_a_response(
     client: httpx.Client, post: Callable[..., Json]
 ) -> None:
@@ -765,6 +780,7 @@ def test_a_format_of_messages_is_structured_output(
     assert answer["stop_reason"] == "end_turn"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])
 def test_a_format_that_nobody_knows_is_an_annotation_unless_the_schema_is_strict(
     client: httpx.Client, post: Callable[..., Json], path: str
@@ -865,6 +881,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [None, '"days', "name", "Pa"])
 def test_a_call_that_is_cut_is_told_alike_in_a_stream_and_whole(
     client: httpx.Client,

@@ -24,8 +24,6 @@ from recollect.runtime.base import ReferenceRuntime
 from recollect.text.tokenizer import Tokenizer
 from recollect.text.tool_formats import FORMATS
 
-anthropic = pytest.importorskip("anthropic")
-openai = pytest.importorskip("openai")
 pytest.importorskip("tokenizers")
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -176,6 +174,7 @@ def scripted(
 
 def with_openai(url: str, http: httpx.Client) -> Iterator[tuple[int, int]]:
     """Have three turns; yield of each request how long its prompt was, and what of it was there."""
+    openai = pytest.importorskip("openai")
     tools = [{"type": "function", "function": {**TOOL, "parameters": TOOL["schema"]}}]
     del tools[0]["function"]["schema"]  # type: ignore[attr-defined]
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", http_client=http)
@@ -203,6 +202,7 @@ def with_openai(url: str, http: httpx.Client) -> Iterator[tuple[int, int]]:
 
 def with_anthropic(url: str, _: httpx.Client) -> Iterator[tuple[int, int]]:
     """The same, streamed."""
+    anthropic = pytest.importorskip("anthropic")
     tool = {"name": "weather", "description": "It", "input_schema": TOOL["schema"]}
     client = anthropic.Anthropic(base_url=url, api_key="none")
     messages: list[Any] = []

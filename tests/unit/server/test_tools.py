@@ -125,6 +125,7 @@ def test_a_call_is_told_whole_and_as_it_is_written(
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.slow
 def test_a_call_that_is_sent_back_is_not_read_again(
     client: httpx.Client, post: Callable[..., Json]
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_call_that_is_sent_back_is_not_read_again(
     assert "look_up" in own["difference"]
 
 
+@pytest.mark.slow
 def test_responses_call_and_go_on_with_what_came_back(
     client: httpx.Client, post: Callable[..., Json], events: Callable[..., list[Any]]
 ) -> None:
@@ -175,6 +177,7 @@ def test_responses_call_and_go_on_with_what_came_back(
     assert added["item"]["id"] == last[0]["id"]
 
 
+@pytest.mark.slow
 def test_anthropics_clients_call_too(
     client: httpx.Client, post: Callable[..., Json], events: Callable[..., list[Any]]
 ) -> None:
@@ -221,6 +224,7 @@ def test_completions_tell_log_probabilities(
     assert all(len(top) <= logprobs and bool(top) == bool(logprobs) for top in tops)
 
 
+@pytest.mark.slow
 def test_after_a_restart_a_client_with_tools_waits_for_no_more_than_one_without(
     start: Callable[..., httpx.Client],
     servers: ExitStack,
@@ -262,6 +266,7 @@ def test_after_a_restart_a_client_with_tools_waits_for_no_more_than_one_without(
     assert (with_tools["reason"], without["reason"]) == ("new", "new")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tokens", [8, 20, 50])
 def test_a_reply_that_is_cut_in_a_call_says_so_where_its_text_is_empty(
     tokens: int, client: httpx.Client, post: Callable[..., Json], events: Callable[..., list[Any]]

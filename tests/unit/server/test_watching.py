@@ -90,6 +90,7 @@ def watch() -> Callable[..., Watcher]:
     return Watcher
 
 
+@pytest.mark.slow
 def test_what_is_said_is_told_in_the_order_in_which_it_happens(
     client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
 ) -> None:
@@ -120,6 +121,7 @@ def test_what_is_said_is_told_in_the_order_in_which_it_happens(
     assert (began["job"], began["kind"], began["model"]) == (ended["job"], "reply", "reference")
 
 
+@pytest.mark.slow
 def test_ids_in_events_are_those_of_the_tree(
     client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
 ) -> None:
@@ -147,6 +149,7 @@ def test_ids_in_events_are_those_of_the_tree(
     assert (moved[-1]["branch"], moved[-1]["item"]) == ("main", tree["tips"]["main"])
 
 
+@pytest.mark.slow
 def test_branches_checkpoints_and_deletions_are_told(
     client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
 ) -> None:
@@ -167,6 +170,7 @@ def test_branches_checkpoints_and_deletions_are_told(
     assert watcher.until_kind("conversation.deleted")["conversation"] == conversation
 
 
+@pytest.mark.slow
 def test_a_watcher_goes_on_where_it_was(
     client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
 ) -> None:
@@ -184,6 +188,7 @@ def test_a_watcher_goes_on_where_it_was(
         assert again.until(lambda events: len(events) >= len(rest))[: len(rest)] == rest  # noqa: B023
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("last", ["1", "99999999999999999"])
 def test_a_watcher_whose_place_is_not_known_is_told_so_and_hears_what_comes(
     client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher], last: str
@@ -194,6 +199,7 @@ def test_a_watcher_whose_place_is_not_known_is_told_so_and_hears_what_comes(
     assert watcher.until_kind("conversation.created")["conversation"] == made
 
 
+@pytest.mark.slow
 def test_after_a_restart_an_old_id_is_not_taken_for_a_new_one(
     start: Callable[..., httpx.Client],
     servers: ExitStack,
@@ -212,6 +218,7 @@ def test_after_a_restart_an_old_id_is_not_taken_for_a_new_one(
     assert watcher.events[0]["id"] > old
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("last", ["x", "-1", "1" * 19, "²"])
 def test_what_is_no_id_is_refused(client: httpx.Client, last: str) -> None:
     with client.stream(
@@ -221,6 +228,7 @@ def test_what_is_no_id_is_refused(client: httpx.Client, last: str) -> None:
         assert "Last-Event-ID" in response.read().decode()
 
 
+@pytest.mark.slow
 def test_a_watcher_of_one_conversation_hears_of_no_other(
     client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
 ) -> None:
@@ -309,6 +317,7 @@ def test_a_stream_that_is_silent_gets_a_comment(
         assert [next(lines) for _ in range(3)] == [": still here", first[2], ""]
 
 
+@pytest.mark.slow
 def test_a_key_hears_only_of_its_own(
     start: Callable[..., httpx.Client], post: Callable[..., Json], watch: Callable[..., Watcher]
 ) -> None:
@@ -325,6 +334,7 @@ def test_a_key_hears_only_of_its_own(
     assert client.get("/v1/events", headers={"Authorization": "Bearer no"}).status_code == 401
 
 
+@pytest.mark.slow
 def test_what_another_program_says_appears(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],
@@ -353,6 +363,7 @@ def test_a_server_that_stops_ends_the_streams(
     watcher.join()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_reply_that_never_came_stays(
     client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
 ) -> None:
@@ -368,6 +379,7 @@ def test_nothing_of_a_reply_that_never_came_stays(
     assert created == deleted
 
 
+@pytest.mark.slow
 def test_the_tree_says_what_going_on_would_cost_page_by_page(
     client: httpx.Client, post: Callable[..., Json]
 ) -> None:
@@ -440,6 +452,7 @@ def test_kv_is_told_by_conversation_and_branch_and_to_its_key_alone(
     assert theirs["models"][0]["tokens_in_memory"] == theirs["saved"]["tokens"] == 0
 
 
+@pytest.mark.slow
 def test_what_became_warm_and_what_was_evicted_is_told(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],

@@ -58,6 +58,7 @@ def _takes_long(source: str, bound: str | None) -> Any:
     return pytest.param(source, bound, marks=pytest.mark.slow)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("source", "bound"),
     [
@@ -92,6 +93,7 @@ def test_what_goes_beyond_a_bound_is_refused(
     assert rendered("{{ messages[0].content }}", chosen) == "Hi"
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_refused() -> None:
     """That the next one is rendered all the same is shown where there is time to start a process."""
     processes = TemplateProcesses(replace(PATIENT, seconds=0.3))
@@ -100,6 +102,7 @@ def test_what_takes_too_long_is_refused() -> None:
     processes.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "source",
     [
@@ -158,6 +161,7 @@ def renderers() -> set[int]:
     }
 
 
+@pytest.mark.slow
 def test_many_threads_each_get_their_own_text(process: TemplateProcesses) -> None:
     template = ChatTemplate("{{ messages[0].content }}", processes=process)
     others = renderers()  # of other tests
@@ -179,6 +183,7 @@ def test_many_threads_each_get_their_own_text(process: TemplateProcesses) -> Non
     assert 1 <= len(renderers() - others) <= MOST_PROCESSES
 
 
+@pytest.mark.slow
 def test_a_slow_template_keeps_nobody_else_waiting() -> None:
     others = renderers()
     processes = TemplateProcesses(Bounds(seconds=600.0))
@@ -217,6 +222,7 @@ def test_a_process_that_is_gone_is_replaced(process: TemplateProcesses) -> None:
     assert template.render(HELLO, add_generation_prompt=True) == "Hi"
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_program_that_started_it(tmp_path: object) -> None:
     """Also where that is killed: nobody is left behind."""
     program = (
