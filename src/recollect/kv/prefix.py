@@ -124,7 +124,7 @@ class PrefixCache:
             node, tokens = child, tokens + size
         node.last_used = self._uses
         part, length = self._part(node, tuple(token_ids[tokens : tokens + size]))
-        if part is not None:
+        if part is not None and self.parts != "none":
             part.last_used = self._uses
             blocks.append(part)
             tokens += length
@@ -134,7 +134,7 @@ class PrefixCache:
         """
         Return the block after *node* that goes on with the most of these tokens, and how many.
 
-        That may be a part of a block where blocks can be cut, and else all of one, full or not.
+        That may be a part of a block where blocks can be cut, and is else all of one, full or not.
         """
         if self.parts == "cut":
             return node.children.nearest(tokens)
