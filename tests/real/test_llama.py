@@ -20,7 +20,7 @@ from recollect.conversation.formats import RunOptions, load_runtime, load_tokeni
 from recollect.errors import RuntimeFailure
 from recollect.kv.disk import DiskStore
 from recollect.models.prepare import prepare
-from recollect.proof.verify import EXACT_LIMIT, compare_with_file, verify
+from recollect.proof.verify import EXACT_LIMIT, VerifyReport, compare_with_file, verify
 from recollect.runtime import llamacpp
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.llama_library import LlamaLibrary
@@ -109,6 +109,19 @@ def test_wrong_rope_is_seen_beside_the_file_alone(
         assert report.largest > 100 * EXACT_LIMIT
 
 
+def first_that_fails(model: recollect.Model) -> VerifyReport:
+    """
+    Return what finds a planted fault: most random conversations of this length do.
+
+    Which lane serves what depends on when the engine writes ahead and computes ahead, so that now and
+    then one comes by the fault.
+    """
+    reports = (verify(model, operations=12, seed=seed, boundary_s=1) for seed in range(3, 8))
+    found = next((report for report in reports if not report.passed), None)
+    assert found is not None, "no conversation has met the planted fault"
+    return found
+
+
 def a_foreign_block(join: Any) -> Any:
     def with_another(self: Layout, blocks: Bytes, sequence: int, length: int) -> Bytes:
         others = blocks.copy()
@@ -137,8 +150,7 @@ def test_wrong_bytes_of_a_block_fail(
 ) -> None:
     with load() as model:  # whose arrangement is learned as it is
         monkeypatch.setattr(Layout, seam, fault(getattr(Layout, seam)))
-        report = verify(model, operations=12, seed=3, boundary_s=1)
-    assert not report.passed
+        report = first_that_fails(model)
     assert report.largest.logits > 10 * EXACT_LIMIT
 
 
@@ -161,8 +173,7 @@ def test_a_lane_that_serves_too_much_fails(
 ) -> None:
     monkeypatch.setattr(llamacpp, "common_length", by_length)
     with load() as model:
-        report = verify(model, operations=12, seed=3, boundary_s=1)
-    assert not report.passed
+        report = first_that_fails(model)
     assert report.largest.logits > 10 * EXACT_LIMIT
 
 
