@@ -134,13 +134,14 @@ def test_while_it_ends(
     say(child, "hello\r")
     time.sleep(0.3)
     child.sendintr()
-    say(child, CTRL_D)
+    stopped = say(child, CTRL_D)
     time.sleep(moment)
     child.sendintr()
     after, status = end_of(child)
     require_quiet(after)
     assert status in {0, 128 + signal.SIGINT}
-    assert asked(environment) == ["hello"]
+    # On a busy machine it had not begun, and leaves nothing.
+    assert asked(environment) == ([] if "before it began" in stopped else ["hello"])
 
 
 @pytest.mark.parametrize("seed", range(5))

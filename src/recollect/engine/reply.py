@@ -41,12 +41,13 @@ class Stream:
     Results of a task on their way to one reader, which is a thread (`for`) or a coroutine (`async for`).
 
     The engine's thread puts results in, and hands them over right before a forward pass: see
-    `Task.hand_over`. A reader that stopped can go on later, with the next result. After the last one
-    every loop ends at once, also one that begins then.
+    `Task.hand_over`. An engine elsewhere has a thread for each task, and several may do so at once. A
+    reader that stopped can go on later, with the next result. After the last one every loop ends at once,
+    also one that begins then.
     """
 
     def __init__(self) -> None:
-        self._fresh: list[Any] = []  # not handed over yet
+        self._fresh: deque[Any] = deque()  # not handed over yet
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
         self._has_begun = False
@@ -63,9 +64,9 @@ class Stream:
         """Give the reader what is new; return whether the first result is among it."""
         if not self._fresh:
             return False
-        for result in self._fresh:
-            self._queue.put(result)
-        self._fresh.clear()
+        with suppress(IndexError):  # another thread has handed over the rest
+            while self._fresh:
+                self._queue.put(self._fresh.popleft())
         with suppress(RuntimeError):  # the reader's loop was closed
             self._wake()
         is_first, self._has_begun = not self._has_begun, True

@@ -102,6 +102,7 @@ class RemoteEngine(Engine):
             weakref.WeakKeyDictionary()
         )
         self._streams_lock = threading.Lock()
+        self._counting = threading.Lock()
         self._watches = False
         self._is_closed = False
 
@@ -133,6 +134,11 @@ class RemoteEngine(Engine):
 
     def wait_until_warm(self) -> None:
         """Return at once."""
+
+    def note_computed(self, tokens: int) -> None:
+        """Count tokens of prompts that were computed; called by each task on its own thread."""
+        with self._counting:
+            self.computed_tokens += tokens
 
     def require(self, params: SamplingParams) -> None:
         """Check that parameters can be followed elsewhere; see `Decoder.require`."""
@@ -505,7 +511,7 @@ class _Stream:
             generated=self._given,
             lost=lost,
         )
-        self._engine.computed_tokens += 0 if lost else fed
+        self._engine.note_computed(0 if lost else fed)
         sequence = self._sequence()
         if sequence is not None:
             sequence.fed_tokens += 0 if lost else fed

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,6 +41,11 @@ class Server:
             self.lines.append(line)
             if found := re.search(r"http://127\.0\.0\.1:\d+", line):
                 self.url = found[0]
+                # Each request is a line: a pipe that nobody reads is full some time, and the server waits.
+                self._reader = threading.Thread(
+                    target=self.lines.extend, args=[self._process.stderr], daemon=True
+                )
+                self._reader.start()
                 break
         else:
             self._process.communicate()
@@ -54,8 +60,10 @@ class Server:
         """Stop it as a service manager does; return its exit status."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-            _, rest = self._process.communicate(timeout=60)
-            self.lines.append(rest)
+            self._process.wait(timeout=60)
+        self._reader.join(timeout=60)
+        assert self._process.stderr is not None
+        self._process.stderr.close()
         return self._process.returncode
 
 

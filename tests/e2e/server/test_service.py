@@ -30,7 +30,7 @@ def test_a_response_goes_on_after_a_restart_and_is_warm(start_server: Callable[.
     assert own["tier"] == "disk"
     assert own["restored_tokens"] > 200
     assert own["computed_tokens"] < 80
-    metrics = httpx.get(f"{after.url}/metrics", trust_env=False).text
+    metrics = httpx.get(f"{after.url}/metrics", timeout=60, trust_env=False).text
     assert float(re.search(r"^recollect_disk_bytes (\S+)$", metrics, re.MULTILINE)[1]) > 10**6  # type: ignore[index]
     assert 'source="disk"} 0.0' not in metrics
     assert after.stop() == 0

@@ -131,6 +131,7 @@ def test_a_fork_shares_the_past_and_not_the_future(chat: Chat) -> None:
     assert said(chat) == ["one", "in idea"]
 
 
+@pytest.mark.usefixtures("nothing_read_ahead")  # which takes passes
 def test_a_fork_costs_no_forward_pass(chat: Chat) -> None:
     handle_line(chat, "one")
     before = chat.model.engine.forward_passes

@@ -185,7 +185,7 @@ def test_threads_that_wait_for_a_held_journal_fail_together_and_not_one_after_th
 ) -> None:
     """Each has one deadline of its own: eight are told in the time of one, and readers go on."""
     path = tmp_path / JOURNAL_NAME
-    with Journal.open(path, busy_timeout_s=1.0) as journal:
+    with Journal.open(path, busy_timeout_s=2.0) as journal:
         info = journal.create("a", model="m", fingerprint="")
         failures: list[float] = []
         begun = threading.Barrier(9)
@@ -203,7 +203,7 @@ def test_threads_that_wait_for_a_held_journal_fail_together_and_not_one_after_th
             begun.wait()
             assert [one.name for one in journal.conversations()] == ["a"], "readers do not wait"
             assert not failures, "it was read while they waited"
-            in_turns = time.monotonic() + 6  # one after the other they would take 8 s
+            in_turns = time.monotonic() + 12  # one after the other they would take 16 s
             for thread in threads:
                 thread.join(timeout=in_turns - time.monotonic())
                 assert not thread.is_alive(), "one waited for another's time too"
@@ -213,6 +213,7 @@ def test_threads_that_wait_for_a_held_journal_fail_together_and_not_one_after_th
 def test_what_keeps_nothing_does_not_wait_for_a_held_journal(
     model: Model, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("recollect.conversation.conversation.BUSY_TIMEOUT_S", 60.0)
     chat = model.session(params=SHORT, name="trains")
     chat.respond("one")
     told: list[type[BaseException]] = []

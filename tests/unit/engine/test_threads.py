@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -166,12 +167,14 @@ def test_what_was_prefilled_before_a_cancel_is_warm_for_the_next(
 @pytest.mark.parametrize("num_blocks", [14, 18, 24])
 @small_chunks
 def test_a_preempted_reply_is_the_same_as_one_that_was_not(
-    make_engine: Callable[..., Engine], num_blocks: int
+    make_engine: Callable[..., Engine], gates: list[Gate], num_blocks: int
 ) -> None:
     oracle = make_engine()
     alone = [Talk(oracle, ids_of(9, seed), 30, namespace=None).tokens() for seed in range(4)]
     engine = make_engine(num_blocks=num_blocks)
+    gates.append(gate := Gate(engine))
     talks = [Talk(engine, ids_of(9, seed), 30) for seed in range(4)]
+    gate.let_all_through()
     assert [talk.tokens() for talk in talks] == alone
     assert engine.preemptions > 0
     engine.check()
@@ -571,6 +574,28 @@ def test_two_readers_share_the_results_and_both_come_to_the_end(engine: Engine) 
         reader.join(WAIT_S)
         assert not reader.is_alive()
     assert sorted(read_by[0] + read_by[1]) == list(range(50))
+
+
+def test_several_threads_hand_over_to_one_reader_and_nothing_is_lost() -> None:
+    """As the tasks of an engine elsewhere do, where one reader waits for whichever has more."""
+    stream, interval = Stream(), sys.getswitchinterval()
+
+    def give(first: int) -> None:
+        for number in range(first, first + 5000):
+            stream.put(number)
+            stream.hand_over()
+
+    threads = [threading.Thread(target=give, args=[5000 * number]) for number in range(8)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+    finally:
+        sys.setswitchinterval(interval)
+    stream.close()
+    assert sorted(stream) == list(range(40_000))
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -137,7 +137,7 @@ def test_whoever_opens_it_meanwhile_waits_and_finds_it_whole(
     monkeypatch.setattr(Path, "replace", slow)
     assert (shrink(folder) or 0) > 0
     (child,) = children
-    assert child.wait(30) == 0
+    assert child.wait(120) == 0
     assert child.stdout is not None
     child.stdout.close()
     store = open_store()

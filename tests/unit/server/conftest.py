@@ -42,7 +42,8 @@ class QuickServer(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.shutdown()
         self.config.app.state.services.watchers.end()  # type: ignore[union-attr] # it is ours
-        async with asyncio.timeout(self.config.timeout_graceful_shutdown):
+        # What hangs fails; on a busy machine the last requests may take more than a moment.
+        async with asyncio.timeout(60):
             while self.server_state.connections or self.server_state.tasks:
                 await asyncio.sleep(0.005)
             for server in self.servers:

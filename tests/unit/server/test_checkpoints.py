@@ -306,7 +306,7 @@ def test_one_that_is_deleted_while_it_is_kept_leaves_nothing(
 
     def meanwhile(*given: Any, **options: Any) -> Any:
         address = f"{client.base_url}{PATH}/{conversation}/checkpoints/safe"
-        assert httpx.delete(address, trust_env=False).status_code == 200
+        assert httpx.delete(address, timeout=60, trust_env=False).status_code == 200
         return pin_on_disk(*given, **options)
 
     monkeypatch.setattr(conversation_routes, "pin_on_disk", meanwhile)

@@ -88,7 +88,7 @@ def test_a_server_answers_on_the_port_that_it_took_and_frees_it(tmp_path: Path) 
     try:
         assert listening.wait(60)
         url = f"http://127.0.0.1:{ports[0]}/v1/models"
-        assert httpx.get(url, trust_env=False).status_code == 200
+        assert httpx.get(url, timeout=60, trust_env=False).status_code == 200
     finally:
         may_fail.set()
         thread.join(60)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -349,8 +350,11 @@ def test_a_held_journal_takes_no_turn_from_chats_that_keep_nothing(
     post: Callable[..., Json],
     chat: Callable[..., Json],
     journal_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """More responses wait for the journal than there are turns, and than threads that begin replies."""
+    # They wait for as long as it takes, which on a busy machine is more than the 5 s that they would.
+    monkeypatch.setattr(Journal, "open", partial(Journal.open, busy_timeout_s=60.0))
     client = start(limits=Limits(concurrent=2, shutdown_s=5))
     said = {"input": "Hello", "max_output_tokens": 2}
     post(client, "/v1/responses", said)

@@ -453,6 +453,7 @@ def test_kv_is_told_by_conversation_and_branch_and_to_its_key_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_read_ahead")  # which may be warm after all else was evicted
 def test_what_became_warm_and_what_was_evicted_is_told(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],
