@@ -44,7 +44,17 @@ def on_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             result.set_exception(error)
 
-    threading.Thread(target=run, name="recollect-request", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="recollect-request", daemon=True).start()
+    except RuntimeError:  # told as any failure, so that whoever waits gives its turn back
+        refused = ApiError(
+            "The system has no thread left for this request: ask again later.",
+            status=503,
+            kind="server_error",
+            code="out_of_threads",
+            headers={"Retry-After": "10"},
+        )
+        result.set_exception(refused)
     return asyncio.wrap_future(result)
 
 

@@ -14,6 +14,7 @@ from recollect.conversation.model import Model
 from recollect.errors import FetchError, UnknownModelError
 from recollect.server.hub import ModelHub
 from recollect.server.refusals import ApiError
+from recollect.server.settings import Limits
 
 
 @pytest.fixture
@@ -50,6 +51,29 @@ def test_a_model_is_loaded_once_for_all_who_wait(
 
     asyncio.run(run())
     assert loads == ["a", "b"]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_where_the_system_has_no_thread_left_the_turn_is_given_back(
+    start: Callable[..., httpx.Client], monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """The one that begins a reply, and the one that ends it."""
+    client = start(limits=Limits(concurrent=1, queue=0, shutdown_s=5))
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    begin, asked = threading.Thread.start, list[str]()
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "recollect-request":
+            asked.append(thread.name)
+            if len(asked) == which + 1:
+                raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    refused = client.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_threads")
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
 
 
 def test_what_was_not_offered_is_never_loaded(
