@@ -476,10 +476,11 @@ class Model:
         Return the saved conversations, the one used last first.
 
         Args:
-            limit: Most of them to return; None: all, read without their texts.
+            limit: Most of them to return, at least 1; None: all, read without their texts.
             after: The `id` of the last one of the page before; None: this is the first page.
 
         Raises:
+            InvalidParameterError: There is no such limit.
             UnknownConversationError: There is no conversation *after*.
             StoreError: The journal cannot be read.
         """
@@ -491,7 +492,7 @@ class Model:
         Return the messages of saved conversations that have all of some words; see `Journal.search`.
 
         Raises:
-            InvalidParameterError: There is no word in it, or it is too long.
+            InvalidParameterError: There is no word in it, or it is too long; there is no such limit.
             StoreError: The journal cannot be read.
         """
         return self.journal.search(words, limit=limit, after=after)
@@ -604,14 +605,14 @@ class Model:
         Return the checkpoints that `Session.checkpoint` has saved, sorted by name, of all models.
 
         Args:
-            limit: Most of them to return; None: all.
+            limit: Most of them to return, at least 1; None: all.
             after: Only those whose names sort behind this one, such as the last of the page before.
 
         Raises:
+            InvalidParameterError: There is no such limit.
             StoreError: There is no KV store on disk, or it cannot be read.
         """
-        found = self.checkpoint_store.all()
-        return [one for one in found if after is None or one.name > after][:limit]
+        return self.checkpoint_store.all(limit=limit, after=after)
 
     def drop_checkpoint(self, name: str) -> None:
         """

@@ -3,20 +3,48 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import recollect
 from recollect import config
-from recollect.conversation.model import CONTEXTS_IN_POOL, pool_size
+from recollect.conversation.model import CONTEXTS_IN_POOL, Model, pool_size
 from recollect.engine.drafts import PassTimes
-from recollect.errors import ConfigError, ModelError
+from recollect.errors import ConfigError, InvalidParameterError, ModelError
+from recollect.kv.disk import DiskStore
 from recollect.runtime.base import Lanes, RuntimeInfo
 from recollect.types import SamplingParams
 
 INFO = RuntimeInfo("x", block_size=32, bytes_per_block=1000, vocab_size=10, context_length=100)
+
+
+def test_lists_come_in_pages_and_a_search_says_where_each_message_is(
+    make_model: Callable[..., Model], open_store: Callable[..., DiskStore]
+) -> None:
+    model = make_model(store=open_store())
+    for name in ("one", "two", "three"):
+        session = model.session(name=name, params=SamplingParams(max_tokens=4))
+        session.respond(f"An Oak of {name} by the sea")
+        session.checkpoint(name)
+    first = model.sessions(limit=2)
+    assert [each.name for each in first] == ["three", "two"]
+    assert [each.name for each in model.sessions(limit=2, after=first[-1].id)] == ["one"]
+    assert [each.name for each in model.checkpoints(limit=2)] == ["one", "three"]
+    assert [each.name for each in model.checkpoints(limit=2, after="three")] == ["two"]
+    hits = model.search('oak "the sea"', limit=2)
+    assert [(hit.conversation, hit.branch) for hit in hits] == [("three", "main"), ("two", "main")]
+    assert "Oak of three" in hits[0].snippet
+    (last,) = model.search('oak "the sea"', limit=2, after=hits[-1].node_id)
+    assert last.conversation == "one"
+    assert model.search('oak "sea the"') == []
+    lists: list[Callable[..., object]] = [model.sessions, model.checkpoints]
+    for listed in (*lists, partial(model.search, "oak")):
+        with pytest.raises(InvalidParameterError, match="give 1 or more"):
+            listed(limit=0)
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(1000, 1), (1999, 1), (2000, 2), (10**6, 1000)])
