@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from recollect.errors import StoreError
+from recollect.journal.journal import Journal
 from recollect.server import kept_chats
 
 Json = dict[str, Any]
@@ -185,6 +187,28 @@ def test_the_same_chat_is_kept_again_after_it_was_deleted(
         (again,) = conversations(client)
         assert again["id"] != made["id"]
         assert said(client, again["id"]) == [one["content"] for one in messages]
+
+
+def test_where_the_journal_cannot_be_written_the_client_has_its_reply(
+    start: Callable[..., httpx.Client],
+    go_on: Chat,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client = start(keeps_chats=True)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StoreError("The disk is full.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Journal, "begin", fail)
+        messages = go_on(client, user("One"))
+        assert messages[-1]["content"]
+        assert "a chat is not kept: The disk is full." in caplog.text
+        assert conversations(client) == []
+    messages = go_on(client, *messages, user("Two"))
+    (made,) = conversations(client)
+    assert said(client, made["id"]) == [one["content"] for one in messages]
 
 
 def test_what_is_known_has_a_bound(
