@@ -3,6 +3,7 @@ Best of n on a coding question: n programs are written in one batch, tests run t
 
     python examples/best_of_n.py [--model qwen2.5-coder-1.5b] [--n 4]
 
+The model is 1.1 GB, fetched when it is first used; `--model smollm2` is small, and passes hardly a test.
 What a model writes is run here, in a process of its own with limits of time and memory and without this
 program's variables, but with your rights: have the example run where a wrong program can do no harm.
 """

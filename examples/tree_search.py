@@ -4,7 +4,8 @@ A small tree search: a model proposes moves, a verifier keeps the best, and the 
     python examples/tree_search.py [--model smollm2] [--start 2] [--target 23] [--width 3]
 
 The puzzle: get from one number to another by moves that add 3 or double. The moves of a level are generated
-in one batch, and what leads to them is read once.
+in one batch, and what leads to them is read once. A grammar keeps the model to the moves, which needs the
+extra `recollect-llm[grammar]`.
 """
 
 import argparse
