@@ -617,9 +617,7 @@ class Model:
             InvalidParameterError: There is no such limit.
             StoreError: There is no KV store on disk, or it cannot be read.
         """
-        most = None if limit is None else _checked(limit)
-        found = self.checkpoint_store.all()
-        return [one for one in found if after is None or one.name > after][:most]
+        return self.checkpoint_store.all(limit=limit, after=after)
 
     def drop_checkpoint(self, name: str) -> None:
         """

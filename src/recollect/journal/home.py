@@ -23,7 +23,7 @@ from recollect.errors import (
     UnknownConversationError,
 )
 from recollect.journal.journal import JOURNAL_NAME, Journal, remove_history
-from recollect.journal.records import ConversationInfo
+from recollect.journal.records import ConversationInfo, require_limit
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.kv.environment import remove_damaged
 from recollect.kv.record import Pin, disguised_key
@@ -81,16 +81,23 @@ class Checkpoints:
         self._store = store
         self._journal = journal
 
-    def all(self) -> list[Checkpoint]:
+    def all(self, *, limit: int | None = None, after: str | None = None) -> list[Checkpoint]:
         """
-        Return all checkpoints, sorted by name.
+        Return checkpoints, sorted by name.
+
+        Args:
+            limit: Most of them to return, at least 1; None: all.
+            after: Only those whose names sort behind this one.
 
         Raises:
+            InvalidParameterError: There is no such limit.
             StoreError: The store or the journal cannot be read.
         """
+        most = None if limit is None else require_limit(limit)
         known = {info.id: info for info in self._journal.conversations()}
         found = [pin for pin in self._store.pins() if is_checkpoint(pin)]
-        return [self._of(pin, known.get(pin.about["conversation"])) for pin in found]
+        every = [self._of(pin, known.get(pin.about["conversation"])) for pin in found]
+        return [one for one in every if after is None or one.name > after][:most]
 
     def facts(self, spot: Spot) -> dict[str, Any]:
         """

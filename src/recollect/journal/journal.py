@@ -428,7 +428,7 @@ class Journal:
             after: The `node_id` of the last hit of the page before; None: this is the first page.
 
         Raises:
-            InvalidParameterError: There is no word, or more than `search.MOST_WORDS`.
+            InvalidParameterError: There is no word, or more than `search.MOST_WORDS`; there is no such limit.
             StoreCorruptError: A message that was read is not what was written.
             StoreError: The file cannot be read.
         """

@@ -13,7 +13,7 @@ from datetime import datetime
 from reprlib import Repr
 from typing import Any, Final, Literal
 
-from recollect.errors import ConversationError
+from recollect.errors import ConversationError, InvalidParameterError
 from recollect.types import FinishReason, Role, ToolLinks
 
 ROLES: Final[tuple[Role, ...]] = ("system", "user", "assistant", "tool")
@@ -192,6 +192,10 @@ class Page:
     """The id of the last conversation of the page before; None: this is the first page."""
     newest_first: bool = True
 
+    def __post_init__(self) -> None:
+        if self.limit != -1:
+            require_limit(self.limit)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hit:
@@ -314,6 +318,18 @@ def briefly(value: object) -> str:
 
 _MOST_QUOTED: Final = 120
 """Characters: as long as a name may be, with its quotation marks."""
+
+
+def require_limit(limit: int) -> int:
+    """
+    Return *limit* if a page can have so many entries.
+
+    Raises:
+        InvalidParameterError: It is below 1.
+    """
+    if limit < 1:
+        raise InvalidParameterError(f"limit is {limit}: give 1 or more.", param="limit")
+    return limit
 
 
 def require_name(name: str, what: str = "conversation") -> str:

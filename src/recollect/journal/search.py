@@ -20,7 +20,7 @@ from typing import Final, Self
 from recollect.errors import InvalidParameterError
 from recollect.journal import schema
 from recollect.journal.changes import response_of
-from recollect.journal.records import DEFAULT_TIP, Hit
+from recollect.journal.records import DEFAULT_TIP, Hit, require_limit
 from recollect.journal.rows import NODE_COLUMNS, Row, is_sound, read_content
 from recollect.journal.statements import Statements
 
@@ -301,7 +301,7 @@ def find_hits(
         query, namespace, limit, after: As there.
     """
     found: list[Hit] = []
-    before = after
+    before, limit = after, require_limit(limit)
     # Of a common word, most that are read are hits.
     rows_at_once = min(2 * limit, _ROWS_AT_ONCE)
     while len(found) < limit:

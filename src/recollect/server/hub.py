@@ -46,8 +46,15 @@ def on_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
 
     try:
         threading.Thread(target=run, name="recollect-request", daemon=True).start()
-    except RuntimeError as error:
-        result.set_exception(error)  # the system has no thread left: who waits gives its turn back
+    except RuntimeError:  # told as any failure, so that whoever waits gives its turn back
+        refused = ApiError(
+            "The system has no thread left for this request: ask again later.",
+            status=503,
+            kind="server_error",
+            code="out_of_threads",
+            headers={"Retry-After": "10"},
+        )
+        result.set_exception(refused)
     return asyncio.wrap_future(result)
 
 

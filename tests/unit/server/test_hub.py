@@ -71,7 +71,8 @@ def test_where_the_system_has_no_thread_left_the_turn_is_given_back(
         begin(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert client.post("/v1/chat/completions", json=body).status_code == 500
+    refused = client.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_threads")
     assert client.post("/v1/chat/completions", json=body).status_code == 200
 
 
