@@ -289,6 +289,7 @@ def test_tests_look_at_what_is_public() -> None:
     assert found == PRIVATE_USES
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("source", "expected"),
     [

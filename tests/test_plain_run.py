@@ -22,7 +22,7 @@ def _plain(pytestconfig: pytest.Config) -> None:
 
 
 @pytest.mark.usefixtures("_plain")
-def test_a_plain_run_reads_no_clients_and_nothing_in_slow_folders() -> None:
+def test_a_plain_run_reads_nothing_in_slow_folders() -> None:
     """The clients that are imported there take seconds to load, in each worker."""
     assert {"anthropic", "openai"}.isdisjoint(sys.modules)
     files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}

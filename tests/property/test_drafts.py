@@ -310,6 +310,7 @@ def _give_logits_of_another_place(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ReferenceRuntime, "forward", shifted)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "plant",
     [

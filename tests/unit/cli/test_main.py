@@ -128,6 +128,7 @@ MAY_FETCH = [
 ]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("by", ["option", "variable"])
 @pytest.mark.parametrize("arguments", MAY_FETCH, ids=" ".join)
 def test_offline_each_command_refuses_to_fetch(

@@ -72,6 +72,7 @@ def test_a_port_that_there_is_not_is_a_wrong_option(port: str) -> None:
     assert "Input should be" in result.output
 
 
+@pytest.mark.slow
 def test_the_memory_of_models_given_by_their_paths_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

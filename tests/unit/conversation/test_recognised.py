@@ -76,6 +76,7 @@ def read_again(reply: Reply, *before: Reply) -> int:
     return known - reply.usage.reused_tokens
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("sent", SENT)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_nothing_is_read_again_however_a_client_sends_a_reply(

@@ -123,7 +123,7 @@ def can_be_written(form: ToolFormat, given: Mapping[str, Any]) -> bool:
 @pytest.mark.few(4)
 @ALL
 @given(given_=ARGUMENTS)
-@settings(max_examples=25)
+@settings(max_examples=min(25, settings().max_examples))
 def test_what_the_grammar_lets_be_written_is_found_as_the_same_call(
     name: str,
     given_: dict[str, Any],
@@ -251,7 +251,7 @@ def seconds(form: ToolFormat, text: str, letters: int) -> float:
     return best
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @ALL
 def test_finding_a_long_call_takes_time_in_line_with_its_length(name: str) -> None:
     form = FORMATS[name]
@@ -262,7 +262,7 @@ def test_finding_a_long_call_takes_time_in_line_with_its_length(name: str) -> No
     assert long < 8 * short * 3, (short, long)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @ALL
 def test_many_calls_in_one_piece_are_found_as_fast_as_in_many(name: str) -> None:
     form = FORMATS[name]

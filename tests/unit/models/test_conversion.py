@@ -78,6 +78,7 @@ def test_a_converted_folder_is_whole_and_found_again(observed: Observed) -> None
     assert list((observed.home / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_users_file_stays_as_it_was(observed: Observed) -> None:
     assert observed.source.read_bytes() == observed.before
     assert [file.name for file in observed.source.parent.glob("openvino*")] == []

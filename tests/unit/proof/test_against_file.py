@@ -229,6 +229,7 @@ def test_what_differs_from_the_file_fails(
     assert report.largest > 2 * report.limit, "so that the limit could be twice as far"
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_is_not_compared_with(
     original: Path, model: recollect.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

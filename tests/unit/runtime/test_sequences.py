@@ -213,6 +213,7 @@ def test_after_a_failure_what_the_pass_touched_is_computed_anew(make_sequences: 
     assert np.array_equal(result.logits[0], listed.logits_of([1, 2, 5]))
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(
     "kind",

@@ -145,6 +145,7 @@ def test_a_client_that_leaves_within_a_call_leaves_a_server_that_answers(
     assert [event for event in again if calls_in(event)]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("path", "error", "param"),
     [

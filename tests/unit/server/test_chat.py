@@ -347,6 +347,7 @@ def test_parts_and_developers_are_understood(
     assert text_of(answer) == text_of(chat(client, SYSTEM, ("user", "Hello")))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [

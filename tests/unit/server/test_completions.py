@@ -57,6 +57,7 @@ def test_a_prompt_that_was_evicted_is_told(
     assert last["difference"].endswith("tokens had been computed, and are no longer in memory.")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "fields",
     [

@@ -271,6 +271,7 @@ def test_options_reach_the_engine_and_others_are_named(client: httpx.Client) -> 
     assert kept.headers["x-recollect-ignored"] == "keep_alive"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [

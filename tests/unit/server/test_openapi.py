@@ -141,7 +141,7 @@ def test_no_request_makes_it_fail(client: httpx.Client) -> None:
     assert statuses.total() > 5 * len(PATHS)
 
 
-@settings(max_examples=40)
+@settings(max_examples=min(40, settings().max_examples))
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -224,6 +224,7 @@ def test_other_machines_need_a_key(tmp_path: Path, host: str, is_local: bool) ->
 # --- web pages
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -348,6 +349,7 @@ def test_a_body_over_the_limit_is_refused_said_or_unsaid(
     assert refused.json()["error"]["param"] == "messages"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"\xff", b"{}"])
 def test_what_is_no_request_is_a_400(client: httpx.Client, body: bytes) -> None:
     response = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})

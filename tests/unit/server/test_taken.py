@@ -70,6 +70,7 @@ USE = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
 OUTPUT = {"type": "function_call_output", "call_id": "a", "output": "x"}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("path", "fields", "place"),
     [
@@ -192,6 +193,7 @@ def test_a_strict_server_refuses_every_field_that_it_does_not_know(
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("path", "fields", "place"),
     [
