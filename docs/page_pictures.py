@@ -1,12 +1,13 @@
 """
-Make the pictures of the page: a real server with smollm2, in the system's Chromium.
+Make the pictures of the page: a real server with qwen2.5-coder-1.5b, in the system's Chromium.
 
     python docs/page_pictures.py [FOLDER]
 
-What is said is generated; only the questions are written here. The pictures show how long first tokens
-took: where other programs made them wait, the conversation is had once more, and nothing is written
-where that never ends. Each picture has 256 colours, which keeps it small. Needs `playwright`, Chromium
-and Pillow, which matplotlib brings.
+What is said is generated; only the questions are written here. The server is started three times, the
+first time without a disk, so that of three ways on one is in memory, one on disk, and one not kept.
+The pictures show how long first tokens took: where other programs made them wait, the conversation is
+had once more, and nothing is written where that never ends. Each picture has 256 colours, which keeps
+it small. Needs `playwright`, Chromium and Pillow, which matplotlib brings.
 """
 
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,52 +27,98 @@ from recollect import config
 from recollect.models.prepare import models_folder, prepare
 
 PICTURES: Final = Path(__file__).parent / "pictures"
+MODEL: Final = "qwen2.5-coder-1.5b"
 SETTINGS: Final = (
     "localStorage.setItem('recollect-settings', "
-    "JSON.stringify({max_output_tokens: '70', temperature: '0.3', seed: '7', "
-    "system: 'You are a patient teacher. Answer in two or three short sentences.'}))"
+    "JSON.stringify({max_output_tokens: '160', temperature: '0', seed: '7', "
+    "system: 'You help with Python. Answer with a short piece of code, or in one or two sentences.'}))"
 )
-SLOWEST_S: Final = 1.0
+SLOWEST_S: Final = 3.0
 """Seconds until a first token; a machine that does nothing else takes less to read these questions."""
-ATTEMPTS: Final = 5
+ATTEMPTS: Final = 3
 SIZES: Final = ((1440, "light"), (1440, "dark"), (900, "dark"), (390, "light"))
+SMALLEST: Final = 760
+"""Below it a window shows the tree and the chat one at a time."""
 
 
-def served(home: Path) -> tuple[subprocess.Popen[str], str]:
-    """Start a server; return it, and the address of its page."""
-    models_folder(home).symlink_to(models_folder(config.home()))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "recollect", "serve", "--model", "smollm2", "--port", "0"],
-        env={**os.environ, "RECOLLECT_HOME": str(home)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r"trees: (http\S+)", line):
-            return process, found[1]
-    raise RuntimeError("the server has not started")
+class Served:
+    """A server, and a window at its page."""
+
+    def __init__(self, browser: Any, home: Path, *arguments: str) -> None:
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and package
+            [
+                sys.executable,
+                "-m",
+                "recollect",
+                "serve",
+                "--model",
+                MODEL,
+                "--port",
+                "0",
+                *arguments,
+            ],
+            env={**os.environ, "RECOLLECT_HOME": str(home)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stderr is not None
+        line = next((one for one in self._process.stderr if "trees:" in one), "")
+        (self.url,) = re.findall(r"http\S+", line)
+        # Each request is a line: a pipe that nobody reads is full some time, and the server waits.
+        threading.Thread(target=self._process.stderr.read, daemon=True).start()
+        self.page = browser.new_page(viewport={"width": 1440, "height": 860})
+        self.page.set_default_timeout(300_000)
+        self.page.add_init_script(SETTINGS)
+        self.page.goto(self.url)
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.page.close()
+        self._process.terminate()
+        self._process.wait(timeout=60)
 
 
 def ask(page: Any, text: str) -> None:
     """Ask, and wait for the reply."""
+    before = page.locator(".card").count()
     page.get_by_label("Question", exact=True).fill(text)
     page.keyboard.press("Enter")
-    page.locator(".growing").first.wait_for()
+    page.locator(".card").nth(before + 1).wait_for()
     page.locator(".growing").first.wait_for(state="detached")
 
 
-def converse(page: Any) -> None:
-    """Have a conversation that branches."""
-    page.get_by_label("New conversation").click()
-    page.locator(".card.system").wait_for()
-    ask(page, "Why is the sky blue?")
-    ask(page, "And why is it red in the evening?")
+def converse(browser: Any, home: Path) -> None:
+    """Have a conversation that branches, over two restarts."""
+    with Served(browser, home, "--kv-disk", "0") as first:
+        first.page.get_by_label("New conversation").click()
+        first.page.locator(".card.system").wait_for()
+        ask(first.page, "Write a function that merges two sorted lists.")
+        ask(first.page, "Why is it fast?")
+    with Served(browser, home) as second:
+        second.page.locator(".card.assistant").first.click()
+        ask(second.page, "Write a test for it.")
+        second.page.wait_for_timeout(4000)  # what is new goes to disk while nobody asks
+
+
+def go_on(page: Any) -> None:
+    """Ask in a third way, twice, and name the place where the three part."""
     page.locator(".card.assistant").first.click()
-    ask(page, "Explain it to a child.")
+    ask(page, "Make it work for any number of lists.")
+    ask(page, "And for a sorted list that never ends?")
+    page.locator(".card.assistant").first.click()
+    page.get_by_label("Make a checkpoint here").click()
+    page.get_by_label("Its name").fill("merged")
+    page.get_by_role("button", name="Keep").click()
+    page.locator(".labels .checkpoint").wait_for()
+
+
+def explore(page: Any) -> None:
+    """Try several replies from the first one."""
     page.locator(".card.assistant").first.click()
     page.get_by_role("button", name="Explore").click()
-    page.get_by_label("The question", exact=True).fill("Name an experiment that shows it.")
+    page.get_by_label("The question", exact=True).fill("Write it in one line.")
     page.get_by_label("Ways").fill("3")
     page.get_by_role("button", name="Try them").click()
     page.get_by_role("button", name="Keep this").nth(2).wait_for()
@@ -99,7 +147,7 @@ def main() -> None:
     """Make all pictures."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURES
     program = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    prepare("smollm2", home=config.home())
+    prepare(MODEL, home=config.home())
     with sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=program)
         is_done = any(in_one_go(browser, folder) for _ in range(ATTEMPTS))
@@ -109,36 +157,37 @@ def main() -> None:
 
 
 def in_one_go(browser: Any, folder: Path) -> bool:
-    """Make all pictures with a server of its own, if it is quick; return whether it is."""
-    with tempfile.TemporaryDirectory() as home:
-        process, url = served(Path(home))
-        try:
-            page = browser.new_page(viewport={"width": 1440, "height": 860})
-            page.set_default_timeout(300_000)
-            page.add_init_script(SETTINGS)
-            page.goto(url)
-            converse(page)
-            if slowest(page) > SLOWEST_S:
+    """Make all pictures in a home of their own, if it is quick; return whether it is."""
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        models_folder(home).symlink_to(models_folder(config.home()))
+        converse(browser, home)
+        with Served(browser, home) as third:
+            go_on(third.page)
+            if slowest(third.page) > SLOWEST_S:
                 return False
-            page.wait_for_timeout(800)
-            take(page, folder / "page-explore-light.png")
-            page.get_by_label("Close").click()
-            address = page.url
             for width, theme in SIZES:
                 page = browser.new_page(
                     viewport={"width": width, "height": 860},
                     color_scheme=theme,
                     reduced_motion="reduce",
                 )
-                page.goto(address)
+                page.goto(third.page.url)
                 page.locator(".message").first.wait_for()
-                if width == SIZES[0][0]:  # in others not all cards are in sight
-                    page.locator(".card.assistant").nth(2).click()
+                tabs = page.get_by_label("Parts")
+                if width < SMALLEST:
+                    tabs.get_by_text("Tree").click()
+                for key in ("Home", "End"):  # to the newest way
+                    page.get_by_role("tree").press(key)
+                page.evaluate("document.activeElement.blur()")
+                if width < SMALLEST:
+                    tabs.get_by_text("Chat", exact=True).click()
                 page.wait_for_timeout(4500)
                 take(page, folder / f"page-{width}-{theme}.png")
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+                page.close()
+            explore(third.page)
+            third.page.wait_for_timeout(800)
+            take(third.page, folder / "page-explore-light.png")
     return True
 
 

@@ -19,12 +19,17 @@ from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NoReturn
+from urllib.parse import urlsplit
 
 import platformdirs
 import pytest
 
 from recollect import config
 from recollect.models.prepare import models_folder, prepare
+from recollect.server.access import Keyring
+from recollect.server.app import create_app
+from recollect.server.hub import ModelHub
+from recollect.server.settings import Settings
 
 HERE: Final = Path(__file__).parent
 PACKAGES: Final = HERE / "packages"
@@ -153,15 +158,32 @@ def quick(start_server: Callable[..., Server]) -> Server:
     return start_server(model="reference")
 
 
+@pytest.fixture(scope="session")
+def public(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, re.Pattern[str]]]:
+    """Return the calls that `/openapi.json` describes, and the page's own files."""
+    home = tmp_path_factory.mktemp("home")
+    hub = ModelHub(lambda _: pytest.fail("nothing is loaded here"), ["m"])
+    document = create_app(Settings(home=home, models=("m",)), hub, Keyring([])).openapi()
+    return [("GET", re.compile("/|/web/.*"))] + [
+        (method.upper(), re.compile(re.sub(r"{[^}]+}", "[^/]+", path)))
+        for path, methods in document["paths"].items()
+        for method in methods
+    ]
+
+
 @pytest.fixture
-def windows(browser: Any) -> Iterator[Callable[..., Any]]:
+def windows(
+    browser: Any, public: list[tuple[str, re.Pattern[str]]]
+) -> Iterator[Callable[..., Any]]:
     """
     Return what opens a window of a person of its own, at a page.
 
     With its settings, and a script that changes the browser before the page is there. Whatever the page
-    complains of fails the test: errors, refused scripts, files that are not there.
+    complains of fails the test: errors, refused scripts, files that are not there. So does a call of
+    the server that its public API does not have.
     """
     complaints: list[str] = []
+    calls: set[tuple[str, str]] = set()
     with ExitStack() as stack:
 
         def begin(
@@ -175,6 +197,14 @@ def windows(browser: Any) -> Iterator[Callable[..., Any]]:
                 f"if (!localStorage.getItem('{name}')) localStorage.setItem('{name}', {text});{script}"
             )
             context.set_default_timeout(90_000)
+            context.on(
+                "request",
+                lambda one: (
+                    calls.add((one.method, urlsplit(one.url).path))
+                    if one.url.startswith("http")  # and no file that it makes itself
+                    else None
+                ),
+            )
             page = context.new_page()
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.on(
@@ -192,3 +222,9 @@ def windows(browser: Any) -> Iterator[Callable[..., Any]]:
     # A wrong key, a server that is stopped, a test's own try, a conversation that has been deleted.
     expected = ("401", "ERR_", "TrustedHTML", "/v1/conversations/")
     assert [one for one in complaints if not any(what in one for what in expected)] == []
+    others = {
+        (method, path)
+        for method, path in calls
+        if not any(method == known and where.fullmatch(path) for known, where in public)
+    }
+    assert others == set()

@@ -5,8 +5,7 @@ import os
 import re
 import subprocess
 import sys
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from time import monotonic
@@ -14,8 +13,25 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from person import (
+    NUMBERS,
+    Json,
+    api,
+    ask,
+    counting,
+    drawn,
+    fresh,
+    happens,
+    large,
+    last_reply,
+    message,
+    settled,
+    tree_of,
+    until,
+)
+
 pytestmark = [pytest.mark.model, pytest.mark.xdist_group("browser")]
-Json = dict[str, Any]
 MOST_ELEMENTS = 300
 WEB = Path(str(resources.files("recollect"))) / "web"
 HOSTILE = (
@@ -23,54 +39,6 @@ HOSTILE = (
     "[a](javascript:window.hacked=1) ![b](http://example.invalid/c.png)\n\n"
     "```html\"><script>window.hacked=1</script>\n<b onclick='window.hacked=1'>\n```\n"
 )
-
-
-def api(url: str, path: str, body: Json | None = None, *, method: str | None = None) -> Json:
-    """Do what another client does."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(  # noqa: S310 - this machine
-        url.rstrip("/") + path, data, {"Content-Type": "application/json"}, method=method
-    )
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    found: Json = json.load(direct.open(request, timeout=120))
-    return found
-
-
-def tree_of(url: str, page: Any) -> Json:
-    return api(url, f"/v1/conversations/{page.evaluate('location.hash.slice(1)')}/tree")
-
-
-def until(page: Any, holds: str) -> None:
-    """Wait until an expression is true; Playwright's own way needs what the page's policy refuses."""
-    end = monotonic() + 90
-    while not page.evaluate(holds):
-        assert monotonic() < end, holds
-        page.wait_for_timeout(50)
-
-
-def fresh(page: Any) -> None:
-    """Begin a conversation."""
-    before = page.evaluate("location.hash")
-    page.get_by_label("New conversation").click()
-    until(page, f"location.hash && location.hash !== {json.dumps(before)}")
-    until(page, "document.querySelectorAll('.message').length === 0")
-
-
-def ask(page: Any, text: str) -> None:
-    """Ask, and wait until the reply is there, however soon that is."""
-    page.get_by_label("Question", exact=True).fill(text)
-    page.keyboard.press("Enter")
-    until(
-        page,
-        "(([asked, reply]) => !document.querySelector('.growing')"
-        f" && asked?.querySelector('.markdown')?.innerText.trim() === {json.dumps(text)}"
-        " && reply?.querySelector('.reuse'))([...document.querySelectorAll('.message')].slice(-2))",
-    )
-
-
-def settled(page: Any) -> None:
-    page.locator(".growing").first.wait_for(state="detached")
-    page.locator(".message.assistant .reuse").last.wait_for()
 
 
 def test_asking_forking_and_editing_grow_a_tree(server: Any, windows: Callable[..., Any]) -> None:
@@ -120,26 +88,6 @@ def test_a_question_that_is_edited_stays_open_when_a_reply_ends(
     assert page.get_by_label("The question, edited").input_value() == "Count to 9."
 
 
-NUMBERS = "\n".join(str(number) for number in range(1, 100))
-"""What the model says again where it stands already: a long reply, whatever the machine."""
-
-
-def message(role: str, text: str) -> Json:
-    return {"type": "message", "role": role, "content": text}
-
-
-def counting(url: str) -> str:
-    """Return a conversation in which the next reply is long."""
-    items = [message("user", "Count to 99."), message("assistant", NUMBERS)]
-    made: str = api(url, "/v1/conversations", {"items": items})["id"]
-    return made
-
-
-def last_reply(page: Any) -> str:
-    text: str = page.locator(".message.assistant .markdown").last.inner_text()
-    return " ".join(text.split())
-
-
 def test_what_is_stopped_or_cut_is_kept_and_goes_on(
     server: Any, windows: Callable[..., Any]
 ) -> None:
@@ -170,10 +118,9 @@ def test_what_is_stopped_or_cut_is_kept_and_goes_on(
     assert longer.startswith(stopped)
     assert len(longer) > len(stopped)
     page.get_by_role("button", name="Continue").click()
-    page.locator(".growing").first.wait_for()
+    happens(page, lambda: len(last_reply(page)) > len(longer))
     settled(page)
     assert last_reply(page).startswith(longer)
-    assert len(last_reply(page)) > len(longer)
     assert page.locator(".message").count() == 4
 
 
@@ -305,6 +252,9 @@ def test_older_conversations_stay_in_the_list(quick: Any, windows: Callable[...,
     until(page, f"document.querySelectorAll('.entry').length === {before}")
 
 
+TAG = ".where .tag"
+
+
 def test_a_tree_is_read_once_at_a_time_however_much_happens(
     quick: Any, windows: Callable[..., Any]
 ) -> None:
@@ -313,22 +263,25 @@ def test_a_tree_is_read_once_at_a_time_however_much_happens(
     page = windows(f"{quick.url}#{made}")
     page.locator(".live.on").wait_for()
     page.locator(".message.assistant").wait_for()
-    page.wait_for_timeout(500)
     waiting: list[Any] = []
     page.route(re.compile("/tree"), lambda route: waiting.append(route))  # noqa: PLW0108 - as above
     for number in range(4):
         api(quick.url, f"/v1/conversations/{made}/fork", {"name": f"idea-{number}"})
+        happens(page, lambda: waiting)
         page.wait_for_timeout(400)
     assert len(waiting) == 1
     waiting[0].continue_()
-    while len(waiting) < 2:
-        page.wait_for_timeout(50)
+    for number in range(1, 4):  # a third one where an event came after the second had begun
+        happens(page, lambda: len(waiting) > number or page.locator(TAG, has_text="idea-3").count())  # noqa: B023 - called at once
+        if len(waiting) == number:
+            break
+        assert len(waiting) == number + 1
+        page.wait_for_timeout(400)
+        assert len(waiting) == number + 1
+        waiting[number].continue_()
+    page.locator(TAG, has_text="idea-3").wait_for()
     page.wait_for_timeout(400)
-    assert len(waiting) == 2
-    waiting[1].continue_()
-    page.locator(".where .tag", has_text="idea-3").wait_for()
-    page.wait_for_timeout(400)
-    assert len(waiting) == 2
+    assert len(waiting) <= 3
 
 
 def test_a_place_that_one_goes_to_while_a_tree_is_read_stays(
@@ -338,19 +291,20 @@ def test_a_place_that_one_goes_to_while_a_tree_is_read_stays(
     page = windows(f"{quick.url}#{made}")
     page.locator(".live.on").wait_for()
     page.locator(".message.assistant").wait_for()
-    page.wait_for_timeout(500)
     waiting: list[Any] = []
     page.route(re.compile("/tree"), lambda route: waiting.append(route))  # noqa: PLW0108 - as above
     body = {"conversation": made, "input": "Said elsewhere", "max_output_tokens": 4}
     api(quick.url, "/v1/responses", body)
-    while not waiting:
-        page.wait_for_timeout(50)
+    happens(page, lambda: waiting)
     page.locator(".card").first.click()
-    while page.locator(".card.user", has_text="Said elsewhere").count() == 0:
+
+    def is_there() -> bool:
         while waiting:
             waiting.pop().continue_()
-        page.wait_for_timeout(50)
-    page.wait_for_timeout(400)
+        return bool(page.locator(".card.user", has_text="Said elsewhere").count())
+
+    happens(page, is_there)
+    drawn(page)
     assert page.locator(".message").count() == 1
 
 
@@ -364,8 +318,7 @@ def test_what_is_found_too_late_does_not_cover_the_list(
     page.route(re.compile("search"), lambda route: waiting.append(route))  # noqa: PLW0108 - Playwright marks what it calls, which a method refuses
     field = page.get_by_label("Search what was said")
     field.fill("99")
-    while not waiting:
-        page.wait_for_timeout(50)
+    happens(page, lambda: waiting)
     field.fill("")
     with page.expect_response(re.compile("search")):
         waiting.pop().continue_()
@@ -408,7 +361,7 @@ def test_a_page_that_nobody_sees_holds_no_connection(
     ended = []
     page.on("requestfailed", lambda one: ended.append(one.url) if "events" in one.url else None)
     page.evaluate("show(false)")
-    page.wait_for_timeout(300)
+    happens(page, lambda: ended)
     assert (len(opened), len(ended)) == (0, 1)
     conversation = page.evaluate("location.hash.slice(1)")
     body = {"conversation": conversation, "input": "Said meanwhile", "max_output_tokens": 4}
@@ -667,18 +620,138 @@ def test_search_leads_to_what_was_said_and_a_dropped_file_is_imported(
     page.locator(".notice.error", has_text="two.json is no exported conversation").wait_for()
 
 
+def test_what_going_on_would_cost_is_told_before_and_is_what_it_costs(
+    server: Any, windows: Callable[..., Any]
+) -> None:
+    """With where each message is: in memory, on disk, not kept; by edges of cards, and in numbers."""
+    words = " ".join(f"word-{number}" for number in range(60))
+    said = [message("user", f"Remember: {words}"), message("assistant", f"I do: {words}")]
+    page = windows(f"{server.url}#{api(server.url, '/v1/conversations', {'items': said})['id']}")
+    chosen = page.locator(".card.chosen.assistant")
+    chosen.wait_for()
+
+    def told() -> Json:
+        """Return what the server says of the chosen message, once the page shows it."""
+        for _ in range(100):
+            node = tree_of(server.url, page)["nodes"][1]
+            going = node["going_on"]
+            shown = page.locator(".going").inner_text()
+            is_shown = f"{going['to_compute']:,} token" in shown and going["seconds"] is not None
+            edge = f"warm-{node['warmth']}" in chosen.get_attribute("class")
+            if (
+                is_shown
+                and edge
+                and f"{going['to_compute']:,} token" in chosen.get_attribute("title")
+            ):
+                assert re.search(r"\d (ms|s)$", chosen.locator(".card-cost").inner_text())
+                return {**going, "warmth": node["warmth"]}
+            page.wait_for_timeout(100)
+        raise AssertionError((node, shown))
+
+    before = told()
+    assert (before["warmth"], before["on_disk"]) == ("none", 0)
+    assert before["in_memory"] < 50  # what the template begins with, from other conversations
+    assert before["to_compute"] > 200
+    ask(page, "Say one.")
+    usage = tree_of(server.url, page)["nodes"][-1]["usage"]
+    assert 0 < usage["computed_tokens"] - before["to_compute"] < 30  # the question
+    page.locator(".card.assistant").first.click()
+    after = told()
+    assert (after["warmth"], after["to_compute"]) == ("memory", 0)
+
+
+def test_memory_tells_what_the_server_keeps_and_what_that_has_saved(
+    server: Any, windows: Callable[..., Any]
+) -> None:
+    page = windows(server.url)
+    fresh(page)
+    ask(page, "Name a bird.")
+    ask(page, "Name a fish.")
+    page.get_by_label("Make a checkpoint here").click()
+    page.get_by_label("Its name").fill("pinned")
+    page.keyboard.press("Enter")
+    page.locator(".labels .checkpoint", has_text="pinned").wait_for()
+    page.get_by_role("button", name="Memory").click()
+    row = page.locator(".memory tbody tr", has_text="Name a bird.").first
+    row.wait_for()
+    page.get_by_label("Read anew").click()
+    kv = api(server.url, "/v1/kv")
+    here = page.evaluate("location.hash.slice(1)")
+    (held,) = [one["branches"]["main"] for one in kv["data"] if one["id"] == here]
+    numbers = [f"{held[name]:,}" for name in ("in_memory", "on_disk")]
+    happens(page, lambda: row.locator("td.number").all_inner_texts()[:2] == numbers, numbers)
+    page.get_by_text("1 checkpoint: pinned").wait_for()
+    assert f"{kv['saved']['tokens']:,}" in page.locator(".figure").first.inner_text()
+    assert kv["saved"]["tokens"] > 0
+    assert page.locator(".figure", has_text="tokens in memory of").count() == len(kv["models"])
+    nexts = page.locator(".nexts li").all_inner_texts()
+    assert [int(re.sub(r"\D.*", "", one.replace(",", ""))) for one in nexts] == [
+        one["tokens"] for one in kv["evicted_next"]
+    ]
+    row.get_by_role("button", name="Name a bird.").click()
+    until(page, "!document.querySelector('.memory')")
+
+
+def test_hands_move_the_tree_and_the_look_stays_as_one_has_it(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    page = windows(f"{quick.url}#{counting(quick.url)}", color_scheme="light")
+    page.locator(".card").nth(1).wait_for()
+    drawn(page)
+    box = page.get_by_role("tree").bounding_box()
+    before = page.locator(".card").first.bounding_box()
+    page.mouse.move(box["x"] + 30, box["y"] + 30)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 80, box["y"] + 70, steps=3)
+    page.mouse.up()
+    drawn(page)
+    after = page.locator(".card").first.bounding_box()
+    assert (round(after["x"] - before["x"]), round(after["y"] - before["y"])) == (50, 40)
+    page.locator(".card").first.hover()
+    page.get_by_label("Fold what follows").click()
+    page.locator(".fold.folded", has_text="+1").click()
+    page.locator(".card").nth(1).wait_for()
+
+    themes = "[document.documentElement.dataset.theme, getComputedStyle(document.body).colorScheme]"
+    assert page.evaluate(themes) == ["light", "light"]
+    page.get_by_label("Light or dark").click()
+    until(page, f"{themes}.join() === 'dark,dark'")
+    page.reload()
+    page.locator(".card").nth(1).wait_for()
+    assert page.evaluate(themes) == ["dark", "dark"]
+
+
+def test_code_is_copied_without_what_is_around_it(quick: Any, windows: Callable[..., Any]) -> None:
+    text = "Words.\n\n```python\nif a < b:\n    print('&amp;')\n```\n"
+    items = {"items": [message("assistant", text)]}
+    page = windows(f"{quick.url}#{api(quick.url, '/v1/conversations', items)['id']}")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy", exact=True).locator("visible=true").last.click()
+    page.get_by_text("Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "if a < b:\n    print('&amp;')"
+
+
 def test_how_far_a_long_prompt_is_read_is_shown(server: Any, windows: Callable[..., Any]) -> None:
     page = windows(server.url)
     fresh(page)
     words = " ".join(f"word-{number}" for number in range(400))
+    page.evaluate(  # it may be gone before it is looked for from here
+        """() => {
+          window.read = [];
+          new MutationObserver(() => {
+            const one = document.querySelector('.reading progress');
+            if (one) read.push([one.value, one.max, one.parentElement.innerText]);
+          }).observe(document.querySelector('.messages'), {childList: true, subtree: true, attributes: true});
+        }"""
+    )
     page.get_by_label("Question", exact=True).fill(f"Which is the last of these? {words}")
     page.keyboard.press("Enter")
-    read = page.locator(".reading", has_text="tokens read")
-    read.wait_for()
-    most = int(page.locator(".reading progress").get_attribute("max"))
-    assert most > 1000
-    page.get_by_role("button", name="Stop").click()
-    page.locator(".growing").first.wait_for(state="detached")
+    until(page, "read.length > 0")
+    page.locator(".message.assistant .reuse").wait_for()
+    for value, most, told in page.evaluate("read"):
+        assert 0 <= value <= most
+        assert most > 1000
+        assert told.strip().endswith(f"of {most:,} tokens read")
 
 
 def test_several_questions_are_tried_together(quick: Any, windows: Callable[..., Any]) -> None:
@@ -711,7 +784,7 @@ def test_the_legend_does_not_cover_what_is_chosen(quick: Any, windows: Callable[
         if key:
             page.get_by_role("tree").press(key)
         page.locator(".card.chosen").wait_for()
-        page.wait_for_timeout(200)
+        drawn(page)
         card, legend = (page.locator(one).bounding_box() for one in (".card.chosen", ".legend"))
         assert card["y"] + card["height"] <= legend["y"], key
 
@@ -751,6 +824,11 @@ def test_names_checkpoints_rewind_and_files(
     page.locator(".labels .checkpoint", has_text="first").wait_for()
     ask(page, "Say two.")
     page.locator(".card").nth(1).click()
+    page.get_by_label("Make a checkpoint here").click()
+    page.get_by_label("Its name").fill("middle")
+    page.get_by_role("button", name="Keep").click()
+    page.locator(".labels .checkpoint", has_text="middle").wait_for()
+    until(page, "!document.querySelector('.labels .branch')?.textContent.includes('middle')")
     page.get_by_label("Rewind main to here").click()
     page.locator(".card", has_text="Say one").wait_for()
     page.locator(".where .tag.branch", has_text="main").wait_for()
@@ -794,7 +872,12 @@ def test_four_ways_are_tried_compared_and_one_is_kept(
     ask(page, "Tell me of a city.")
     page.get_by_role("button", name="Explore").click()
     page.get_by_label("The question", exact=True).fill("What is good to eat there?")
-    page.get_by_role("button", name="Try them").click()
+    page.get_by_label("Temperatures").fill("0.2, 0.9")
+    with page.expect_request("**/explore") as asked:
+        page.get_by_role("button", name="Try them").click()
+    ways = asked.value.post_data_json["branches"]
+    assert [one["temperature"] for one in ways] == [0.2, 0.9, 0.2, 0.9]
+    assert len({one["seed"] for one in ways}) == 4
     page.get_by_role("button", name="Keep this").nth(3).wait_for()
     found = tree_of(server.url, page)
     question = [node for node in found["nodes"] if node["role"] == "user"][-1]
@@ -884,9 +967,27 @@ def test_hostile_text_does_nothing(server: Any, windows: Callable[..., Any]) -> 
     page.on("request", lambda request: asked.append(request.url))
     for one in page.locator(".message a").all():
         assert re.match(r"https?:|mailto:", one.get_attribute("href") or "http:")
+    until(
+        page,
+        "(all => all.length === 4 && all.every((one) => one.innerText.includes('onerror')))"
+        "([...document.querySelectorAll('.message .markdown')].filter((one) => one.innerHTML))",
+    )
     page.get_by_role("button", name="Compare").click()
-    page.wait_for_timeout(300)
+    page.locator(".side:not(.none)").first.wait_for()
+    page.get_by_label("Search what was said").fill("hacked")
+    page.locator(".hit", has_text="onerror").first.wait_for()
+    page.evaluate(  # what an error names
+        """(name) => {
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File(['no'], name));
+          dispatchEvent(new DragEvent('drop', {dataTransfer}));
+        }""",
+        HOSTILE,
+    )
+    page.locator(".notice", has_text="onerror").wait_for()
+    drawn(page)
     assert page.evaluate("window.hacked") is None
+    assert page.locator(".hit img, .hit script, .notice img, .notice script").count() == 0
     assert page.locator(".message img, .message script, .card script").count() == 0
     assert [url for url in asked if not url.startswith(server.url)] == []
     # Nor does the page let anything run or load that its files do not name.
@@ -916,7 +1017,10 @@ def test_nothing_keeps_people_from_using_it(
     for view in [None, *views]:
         if view is not None:
             page.get_by_role("button", name=view, exact=True).click()
-            page.wait_for_timeout(200)
+            page.locator(
+                {"Memory": ".memory-body", "Settings": "dialog"}.get(view, ".over")
+            ).wait_for()
+            drawn(page)
         page.screenshot(path=tmp_path / f"{view}.png")
         wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert wide <= 0, view
@@ -934,38 +1038,6 @@ def test_nothing_keeps_people_from_using_it(
         assert serious == [], view
 
 
-def large(url: str, parents: Sequence[int | None], *, tip: int) -> str:
-    """Return a conversation of many messages, each after the one that `parents` names; they count from 1."""
-    moment = "2026-01-01T00:00:00+00:00"
-    nodes = [
-        {
-            "id": number,
-            "parent": parent,
-            "role": "user",
-            "content": f"Message {number}",
-            "token_ids": None,
-            "finish_reason": None,
-            "usage": None,
-            "created_at": moment,
-            "fingerprint": None,
-        }
-        for number, parent in enumerate(parents, 1)
-    ]
-    file = {
-        "format": "recollect-conversation",
-        "version": 1,
-        "name": "large",
-        "model": "reference",
-        "created_at": moment,
-        "updated_at": moment,
-        "fingerprint": "",
-        "tips": {"main": tip},
-        "nodes": nodes,
-    }
-    made: str = api(url, "/v1/conversations/import", {"file": file})["id"]
-    return made
-
-
 def drawn_by_keys(page: Any) -> list[int]:
     """Return how many elements the tree has after each of the keys that move it."""
     frame = page.get_by_role("tree")
@@ -973,7 +1045,7 @@ def drawn_by_keys(page: Any) -> list[int]:
     for key in ["", "ArrowDown", "ArrowRight", "End", "Home", "-", "-", "-", "-", "0", "+"]:
         if key:
             frame.press(key)
-        page.wait_for_timeout(200)
+        drawn(page)
         counts.append(page.locator(".tree-frame *").count())
     return counts
 
@@ -1020,15 +1092,15 @@ def test_ten_thousand_messages_are_seen_before_all_are_read(
     )
     assert "2,000 messages so far" in page.locator(".head-title").inner_text()
     assert page.locator(".tree-frame *").count() <= MOST_ELEMENTS
-    for _ in range(500):  # the next page has been asked for, which is told here some time later
-        if len(read) == 2:
-            break
-        page.wait_for_timeout(20)
-    assert (len(read), page.locator(".card").count()) == (2, 0)
-    while page.locator(".card").count() == 0:
+    happens(page, lambda: len(read) == 2)  # the next page has been asked for
+    assert page.locator(".card").count() == 0
+
+    def is_read() -> bool:
         while waiting:
             waiting.pop().continue_()
-        page.wait_for_timeout(50)
+        return bool(page.locator(".card").count())
+
+    happens(page, is_read)
     page.locator(".card.chosen", has_text="Message 9999").wait_for()
     assert "10,000 messages, 1 branch" in page.locator(".head-title").inner_text()
     assert page.locator(".message").count() <= 60
@@ -1043,7 +1115,7 @@ def test_the_view_glides_and_ends_where_a_person_moves_it(
         f"{quick.url}#{counting(quick.url)}", reduced_motion="no-preference", has_touch=True
     )
     page.locator(".card").nth(1).wait_for()
-    page.wait_for_timeout(500)
+    drawn(page)
     page.evaluate(
         """() => {
           window.scales = [];

@@ -45,6 +45,22 @@ export async function attempt(action) {
   }
 }
 
+/** What `once` does now. @type {Set<string>} */
+const underway = new Set();
+
+/**
+ * Attempt something unless the same is under way: the second of two quick clicks asks for nothing new.
+ *
+ * @param {string} what Names it.
+ * @param {() => Promise<unknown>} action
+ */
+export async function once(what, action) {
+  if (underway.has(what)) return;
+  underway.add(what);
+  await attempt(action);
+  underway.delete(what);
+}
+
 export async function readModels() {
   state.models.value = (await call("GET", "/v1/models")).data;
 }
@@ -59,6 +75,15 @@ export async function readConversations() {
     state.conversations.value = [...page.data, ...older];
     if (older.length === 0) state.hasMore.value = page.has_more;
   });
+  await readApart();
+}
+
+/** Read what the list would say of the open conversation, where the list ends before it. */
+async function readApart() {
+  const id = state.current.value;
+  if (id === null || state.conversations.value.some((one) => one.id === id)) return;
+  const one = await call("GET", at(id));
+  if (state.current.value === id) state.apart.value = one;
 }
 
 /** Read conversations that are older than the last one in the list. */
@@ -158,11 +183,19 @@ async function wholeTree(id, isWanted) {
   for (let page = first; page.has_more && page.last_id && isWanted(); ) {
     page = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}&after=${encodeURIComponent(page.last_id)}`);
     first.nodes.push(...page.nodes);
-    Object.assign(first.tips, page.tips);
-    Object.assign(first.checkpoints, page.checkpoints);
+    first.tips = both(first.tips, page.tips);
+    first.checkpoints = both(first.checkpoints, page.checkpoints);
   }
   return first;
 }
+
+/**
+ * @template V
+ * @param {Record<string, V>} one
+ * @param {Record<string, V>} two
+ * @returns {Record<string, V>} With all names, one that means something to JavaScript (`__proto__`) among them.
+ */
+const both = (one, two) => Object.fromEntries([...Object.entries(one), ...Object.entries(two)]);
 
 /**
  * Open a conversation where it stands, or at one of its messages.
@@ -191,6 +224,7 @@ export async function open(id, item) {
     if (reads === mine && state.current.value === id) close();
     throw error;
   }
+  await readApart();
 }
 
 /** @param {string | null} id */
@@ -226,8 +260,7 @@ export async function begin() {
 
 /** @param {string} title */
 export async function rename(title) {
-  const known = state.conversations.value.find((one) => one.id === here());
-  await call("POST", at(here()), { metadata: { ...known?.metadata, title } });
+  await call("POST", at(here()), { metadata: { ...state.opened.value?.metadata, title } });
   await readConversations();
 }
 
@@ -288,7 +321,7 @@ export function nameFor(text, more = []) {
   const taken = state.tree.value.tips;
   for (let number = 1; ; number += 1) {
     const name = number === 1 ? stem : `${stem}-${number}`;
-    if (!(name in taken) && !more.includes(name)) return name;
+    if (!Object.hasOwn(taken, name) && !more.includes(name)) return name;
   }
 }
 
@@ -428,11 +461,23 @@ async function goOn(id, name, parent, input, { question = null, continues = fals
  */
 export async function ask(text) {
   state.draft.value = "";
+  await keeping(text, () => askHere(text));
+}
+
+/**
+ * Ask something; where the server did not take the question, its words are in the field again.
+ *
+ * @param {string} text
+ * @param {() => Promise<void>} action
+ */
+async function keeping(text, action) {
+  const times = () =>
+    [...state.tree.value.nodes.values()].filter((node) => node.role === "user" && node.text === text).length;
+  const before = times();
   try {
-    await askHere(text);
+    await action();
   } catch (error) {
-    const isKept = [...state.tree.value.nodes.values()].at(-1)?.text === text;
-    if (!isKept && !state.draft.value) state.draft.value = text;
+    if (times() <= before && !state.draft.value) state.draft.value = text;
     throw error;
   }
 }
@@ -457,7 +502,7 @@ function titleFor(text) {
 }
 
 function titleIsSet() {
-  return Boolean(state.conversations.value.find((one) => one.id === here())?.metadata.title);
+  return Boolean(state.opened.value?.metadata.title);
 }
 
 /**
@@ -473,7 +518,7 @@ export async function edit(node, text) {
     state.branch.value = name;
     state.selected.value = node.parent;
   });
-  await goOn(id, name, node.parent, text, { question: text });
+  void attempt(() => keeping(text, () => goOn(id, name, node.parent, text, { question: text })));
 }
 
 /**
@@ -495,7 +540,7 @@ export async function regenerate(reply) {
     ...(temperature.trim() === "" ? { temperature: 0.8 } : {}),
     ...(seed.trim() === "" ? { seed: crypto.getRandomValues(new Uint32Array(1))[0] } : {}),
   };
-  await goOn(id, name, asked.id, [], { more });
+  void attempt(() => goOn(id, name, asked.id, [], { more }));
 }
 
 /**
@@ -526,7 +571,7 @@ export async function tryWays(ways, stop, onEvent) {
   } finally {
     if (state.current.value === conversation) {
       await attempt(readTreeAgain);
-      state.branch.value = ways[0].name;
+      if (Object.hasOwn(state.tree.value.tips, ways[0].name)) state.branch.value = ways[0].name;
     }
   }
 }
@@ -538,12 +583,18 @@ export async function rewind() {
 }
 
 /**
- * Name the place that is shown, and keep its KV on disk.
+ * Name the place that is shown, and keep its KV on disk; where no branch stands, one does for as long.
  *
  * @param {string} name
  */
 export async function checkpoint(name) {
-  const kept = await call("POST", `${at((await standing(wordsHere())).id)}/checkpoint`, { name });
+  const begun = state.goingBranch.value === null ? await branchOff({ at: state.selected.value }, name) : null;
+  let kept;
+  try {
+    kept = await call("POST", `${at(begun?.id ?? idOf(/** @type {string} */ (state.goingBranch.value)))}/checkpoint`, { name });
+  } finally {
+    if (begun) await attempt(() => deleteBranch(begun.name));
+  }
   const { kv } = kept;
   const told = kv.kept ? `${kv.tokens} tokens stay on disk.` : `Its cache is not kept: ${kv.reason}.`;
   state.tell(`Checkpoint ${name}. ${told}`, "info");

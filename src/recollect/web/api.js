@@ -8,11 +8,13 @@ import { signal } from "@preact/signals";
 import { fetchEventSource } from "@microsoft/fetch-event-source";
 
 const KEY = "recollect-key";
+/** What a header can carry; a browser sends no request with anything else. */
+const CARRIED = /^[\x20-\x7e]*$/;
 
 /** The key that requests carry; empty: none. It lasts as long as the tab. */
 export const key = signal(sessionStorage.getItem(KEY) ?? "");
 /** Whether the server has refused the key, or wants one. */
-export const needsKey = signal(false);
+export const needsKey = signal(!CARRIED.test(key.value));
 
 export class ApiError extends Error {
   /**
@@ -31,7 +33,7 @@ export class ApiError extends Error {
 export function useKey(value) {
   key.value = value.trim();
   sessionStorage.setItem(KEY, key.value);
-  needsKey.value = false;
+  needsKey.value = !CARRIED.test(key.value);
 }
 
 /** @returns {Record<string, string>} */

@@ -1,25 +1,43 @@
 /** Two branches beside each other: what they share, and the words in which they part. */
 
-import { useMemo } from "preact/hooks";
+import { useEffect, useMemo, useState } from "preact/hooks";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
 import { differences } from "./differences.js";
 import { pathTo } from "./tree.js";
 import { firstWords, speaker } from "./tree_view.js";
-import { IconButton, counted, html } from "./widgets.js";
+import { IconButton, count, counted, html } from "./widgets.js";
 
 /** @typedef {import("./types").TreeNode} TreeNode */
 
-/** What may be compared: the ends of branches, and all other ends. */
+/** Ends that one can choose from; a browser takes seconds for a list of thousands. */
+const MOST_ENDS = 200;
+/** Rows that are drawn at first, and how many more each time one asks for them. */
+const MOST_ROWS = 60;
+const MORE_ROWS = 200;
+
+/**
+ * What may be compared: what is, the ends of branches, and all other ends.
+ *
+ * @returns {{id: string, label: string}[]}
+ */
 function ends() {
   const tree = state.tree.value;
   const named = Object.entries(tree.tips).filter(([, id]) => id !== null);
   const known = new Set(named.map(([, id]) => id));
   const others = [...tree.nodes.values()].filter((node) => node.children.length === 0 && !known.has(node.id));
-  return [
+  const found = [
     ...named.map(([name, id]) => ({ id: /** @type {string} */ (id), label: name })),
     ...others.map((node) => ({ id: node.id, label: firstWords(node).slice(0, 50) })),
   ];
+  const few = found.slice(0, MOST_ENDS);
+  for (const id of state.compared.value) {
+    const node = tree.nodes.get(id ?? "");
+    if (node && !few.some((one) => one.id === id)) {
+      few.unshift(found.find((one) => one.id === id) ?? { id: node.id, label: firstWords(node).slice(0, 50) });
+    }
+  }
+  return few;
 }
 
 /** @param {{side: number, options: {id: string, label: string}[]}} props */
@@ -69,8 +87,10 @@ function Row({ left, right }) {
 }
 
 export function Compare() {
-  const options = ends();
+  const options = useMemo(ends, [state.tree.value, state.compared.value]);
+  const [most, setMost] = useState(MOST_ROWS);
   const [one, two] = state.compared.value;
+  useEffect(() => setMost(MOST_ROWS), [one, two]);
   if (one === null || two === null) {
     const at = one ?? state.selected.value ?? options[0]?.id ?? null;
     const other = two ?? options.find((known) => known.id !== at)?.id ?? null;
@@ -92,10 +112,14 @@ export function Compare() {
     </div>
     <div class="sides-scroll" tabindex="0" aria-label="Both branches">
       ${shared > 0 && html`<p class="shared">${counted(shared, "message")} in common</p>`}
-      ${[...Array(Math.max(0, rows))].map((_, row) => {
+      ${[...Array(Math.max(0, Math.min(most, rows)))].map((_, row) => {
         const [left, right] = [a[shared + row], b[shared + row]];
         return html`<${Row} key=${`${left?.id} ${right?.id}`} left=${left} right=${right} />`;
       })}
+      ${rows > most &&
+      html`<button type="button" class="earlier" onClick=${() => setMost(most + MORE_ROWS)}>
+        Show ${Math.min(MORE_ROWS, rows - most)} more of ${count(rows - most)}
+      </button>`}
       ${rows === 0 && html`<p class="shared">Nothing differs.</p>`}
     </div>
     <footer class="sides heads">

@@ -19,60 +19,79 @@ const MOST_WAYS = 8;
  * @typedef {Way & {text: string, reasoning: string, computed: number, tokens: number, isDone: boolean, error: string}} Tried
  */
 
-/** What is tried now, or was last. @type {import("@preact/signals").Signal<Tried[]>} */
-const tried = signal([]);
-/** Whether all ways answer the same question. */
-const isAlike = signal(true);
-/** What came of the ways since they were drawn. @type {ReturnType<typeof state.gathered<number>>} */
-const grown = state.gathered((index, text, reasoning) => {
-  const known = tried.value[index];
-  put(index, { text: known.text + text, reasoning: known.reasoning + reasoning });
-});
-/** @type {AbortController | null} */
-let control = null;
+/**
+ * What is tried in a conversation now, or was last.
+ *
+ * @typedef {object} Trial
+ * @property {Tried[]} ways
+ * @property {boolean} isAlike Whether all ways answer the same question.
+ * @property {AbortController} control
+ */
 
-/** @param {number} index @param {Partial<Tried>} change */
-function put(index, change) {
-  tried.value = tried.value.map((one, number) => (number === index ? { ...one, ...change } : one));
-}
+/** By conversation. @type {import("@preact/signals").Signal<Map<string, Trial>>} */
+const trials = signal(new Map());
+
+/** @param {Trial} trial */
+const isUnderWay = (trial) => trial.ways.some((one) => !one.isDone);
+
+/** @returns {Trial | undefined} That of the open conversation. */
+const trialHere = () => trials.value.get(state.current.value ?? "");
 
 /**
  * Begin all ways together, and show them while they are generated.
  *
  * @param {Way[]} ways
+ * @param {boolean} isAlike
  */
-async function begin(ways) {
-  control = new AbortController();
+async function begin(ways, isAlike) {
+  const conversation = state.current.value;
+  if (conversation === null) return;
+  const control = new AbortController();
   const nothing = { text: "", reasoning: "", computed: 0, tokens: 0, isDone: false, error: "" };
-  tried.value = ways.map((one) => ({ ...one, ...nothing }));
+  // Those of other conversations are kept only until they have ended.
+  const others = [...trials.value].filter(([id, one]) => id !== conversation && isUnderWay(one));
+  trials.value = new Map([
+    ...others,
+    [conversation, { ways: ways.map((one) => ({ ...one, ...nothing })), isAlike, control }],
+  ]);
+  /** @param {(one: Tried, index: number) => Tried} change */
+  const change = (change) => {
+    const trial = /** @type {Trial} */ (trials.value.get(conversation));
+    trials.value = new Map(trials.value).set(conversation, { ...trial, ways: trial.ways.map(change) });
+  };
+  /** @param {number} index @param {(one: Tried) => Partial<Tried>} what */
+  const put = (index, what) => change((one, number) => (number === index ? { ...one, ...what(one) } : one));
+  /** @type {ReturnType<typeof state.gathered<number>>} */
+  const grown = state.gathered((index, text, reasoning) =>
+    put(index, (one) => ({ text: one.text + text, reasoning: one.reasoning + reasoning })),
+  );
+  /** @param {any} event */
+  const onEvent = ({ type, index, computed, tokens, text = "", reasoning = "", error }) => {
+    if (type === "explore.progress") put(index, () => ({ computed, tokens }));
+    else if (type === "explore.delta") grown.add(index, text, reasoning);
+    else if (type === "explore.branch_completed") put(index, () => ({ isDone: true }));
+    else if (type === "explore.failed") {
+      const isOne = typeof index === "number";
+      change((one, number) =>
+        one.isDone || (isOne && number !== index) ? one : { ...one, isDone: true, error: error.message },
+      );
+    }
+  };
   for (const one of ways) state.trying.add(one.name);
   try {
     await actions.tryWays(ways, control.signal, onEvent);
   } finally {
     grown.flush();
-    state.trying.clear();
-    tried.value = tried.value.map((one) => (one.isDone ? one : { ...one, isDone: true, error: "Stopped." }));
-  }
-}
-
-/** @param {any} event */
-function onEvent(event) {
-  const { index } = event;
-  if (event.type === "explore.progress") put(index, { computed: event.computed, tokens: event.tokens });
-  else if (event.type === "explore.delta") {
-    grown.add(index, event.text ?? "", event.reasoning ?? "");
-  } else if (event.type === "explore.branch_completed") put(index, { isDone: true });
-  else if (event.type === "explore.failed") {
-    const told = { isDone: true, error: event.error.message };
-    if (typeof index === "number") put(index, told);
-    else tried.value = tried.value.map((one) => (one.isDone ? one : { ...one, ...told }));
+    for (const one of ways) state.trying.delete(one.name);
+    change((one) => (one.isDone ? one : { ...one, isDone: true, error: "Stopped." }));
   }
 }
 
 /** @param {string} name The way that one goes on with; what else was tried is folded away. */
 function keep(name) {
   const tree = state.tree.value;
-  const others = tried.value.filter((one) => one.name !== name).map((one) => tree.tips[one.name]);
+  const tried = trialHere()?.ways ?? [];
+  const others = tried.filter((one) => one.name !== name).map((one) => tree.tips[one.name]);
   batch(() => {
     actions.select(tree.tips[name] ?? null);
     state.branch.value = name;
@@ -80,11 +99,11 @@ function keep(name) {
     state.panel.value = "";
   });
   // The names of the others are given up; what they said stays in the tree.
-  for (const one of tried.value) if (one.name !== name) void actions.attempt(() => actions.deleteBranch(one.name));
+  for (const one of tried) if (one.name !== name) void actions.attempt(() => actions.deleteBranch(one.name));
 }
 
-/** @param {{one: Tried, number: number, picked: Set<string>, pick: (name: string) => void}} props */
-function Column({ one, number, picked, pick }) {
+/** @param {{one: Tried, head: string, number: number, picked: Set<string>, pick: (name: string) => void}} props */
+function Column({ one, head, number, picked, pick }) {
   const tip = state.tree.value.tips[one.name];
   const node = state.tree.value.nodes.get(tip ?? "");
   const how = [
@@ -93,7 +112,7 @@ function Column({ one, number, picked, pick }) {
   ].filter(Boolean);
   return html`<article class="way" aria-label=${`Way ${number + 1}`}>
     <header>
-      <b>${isAlike.value ? `Way ${number + 1}` : one.prompt}</b>
+      <b>${head}</b>
       <span class="hint">${how.join(", ")}</span>
     </header>
     <div class="way-text" tabindex="0" aria-label="What is said">
@@ -120,7 +139,7 @@ export function Explore() {
   const [picked, setPicked] = useState(/** @type {Set<string>} */ (new Set()));
   const node = state.tree.value.nodes.get(state.selected.value ?? "");
   const isAsked = node?.role === "user" || node?.role === "tool";
-  const isBusy = tried.value.some((one) => !one.isDone);
+  const trial = trialHere();
   /** @param {string} name */
   const pick = (name) => {
     const next = new Set(picked);
@@ -145,8 +164,7 @@ export function Explore() {
     }));
     if (found.length === 0) return;
     setPicked(new Set());
-    isAlike.value = kind === "replies";
-    void actions.attempt(() => begin(found));
+    void actions.attempt(() => begin(found, kind === "replies"));
   }
 
   return html`<section class="over explore" aria-label="Explore">
@@ -177,8 +195,10 @@ export function Explore() {
         ${kind === "replies" && html`<label class="short">Ways <input type="number" min="2" max=${MOST_WAYS} value=${ways} onInput=${(/** @type {any} */ event) => setWays(event.target.value)} /></label>`}
         <label class="short">Temperatures <input value=${heat} pattern="[0-9.,; ]*" title="Numbers from 0 to 2, with commas" onInput=${(/** @type {any} */ event) => setHeat(event.target.value)} /></label>
         <span class="grow"></span>
-        ${isBusy
-          ? html`<button type="button" onClick=${() => control?.abort()}><${Icon} name="stop" /> Stop</button>`
+        ${trial && isUnderWay(trial)
+          ? html`<button type="button" onClick=${(/** @type {MouseEvent} */ event) => {
+              if (event.detail < 2) trial.control.abort(); // not by the second of two clicks that began it
+            }}><${Icon} name="stop" /> Stop</button>`
           : html`<button class="primary">Try them</button>`}
         <button
           type="button"
@@ -195,7 +215,10 @@ export function Explore() {
       <${GoingLine} going=${node?.goingOn ?? null} label="Each goes on here:" />
     </form>
     <div class="ways">
-      ${tried.value.map((one, number) => html`<${Column} key=${one.name} one=${one} number=${number} picked=${picked} pick=${pick} />`)}
+      ${trial?.ways.map(
+        (one, number) =>
+          html`<${Column} key=${one.name} one=${one} head=${trial.isAlike ? `Way ${number + 1}` : one.prompt} number=${number} picked=${picked} pick=${pick} />`,
+      )}
     </div>
   </section>`;
 }

@@ -25,21 +25,31 @@ const VIEWS = [
   ["memory", "Memory"],
 ];
 
+/** Whether the page has read what it shows first, or does so now. @type {"" | "now" | "done"} */
+let started = "";
+
 async function start() {
+  if (needsKey.value || started === "now") return;
+  started = "now";
   await actions.attempt(async () => {
-    await actions.readConversations();
-    await actions.readModels();
-    live();
+    try {
+      await actions.readConversations();
+      await actions.readModels();
+    } finally {
+      live();
+    }
     const named = location.hash.slice(1);
     const first = named || state.conversations.value[0]?.id;
     if (first) await actions.open(first);
+    started = "done";
   });
+  if (started === "now") started = "";
 }
 
 function Head() {
   const [asks, setAsks] = useState(/** @type {"" | "name" | "delete"} */ (""));
   const id = state.current.value;
-  const one = state.conversations.value.find((known) => known.id === id);
+  const one = state.opened.value;
   const tree = state.tree.value;
   const isDark = state.isDark.value;
   /** @param {"explore" | "compare" | "memory" | "settings"} name */
@@ -61,7 +71,7 @@ function Head() {
           <${Icon} name=${name} /><span>${label}</span>
         </button>`,
       )}
-      <${IconButton} icon="down" label="Export" disabled=${!id} onClick=${() => actions.attempt(actions.exportFile)} />
+      <${IconButton} icon="down" label="Export" disabled=${!id} onClick=${() => actions.once("export", actions.exportFile)} />
       <label class="icon-button" title="Import a file"
         ><${Icon} name="up" /><input
           class="away"
@@ -128,7 +138,7 @@ function Notice() {
   return html`<div class="notices" role="status" aria-live="polite">
     ${notice &&
     html`<p class=${`notice ${notice.kind}`}>
-      ${notice.text}<${IconButton} icon="close" label="Dismiss" onClick=${() => (state.notice.value = null)} />
+      <span class="notice-text">${notice.text}</span><${IconButton} icon="close" label="Dismiss" onClick=${() => (state.notice.value = null)} />
     </p>`}
   </div>`;
 }
@@ -159,15 +169,26 @@ effect(() => {
   document.documentElement.dataset.theme = state.isDark.value ? "dark" : "light";
 });
 
+// A server that was not there yet when the page was.
 effect(() => {
-  const one = state.conversations.value.find((known) => known.id === state.current.value);
+  if (state.isLive.value && started === "") void start();
+});
+
+effect(() => {
+  const one = state.opened.value;
   document.title = one ? `${state.titleOf(one)} · recollect` : "recollect";
 });
 
-addEventListener("dragover", (event) => event.preventDefault());
+/** @param {DragEvent} event @returns {boolean} Whether files are dragged; a text goes into the field it is dropped on. */
+const hasFiles = (event) => event.dataTransfer?.types.includes("Files") ?? false;
+addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
 addEventListener("drop", (event) => {
-  event.preventDefault();
+  if (hasFiles(event)) event.preventDefault();
   for (const file of event.dataTransfer?.files ?? []) void actions.attempt(() => actions.importFile(file));
+});
+addEventListener("keydown", (event) => {
+  const isTaken = event.defaultPrevented || /** @type {Element} */ (event.target).closest("dialog, input, textarea, select");
+  if (event.key === "Escape" && !isTaken) state.panel.value = "";
 });
 addEventListener("hashchange", () => {
   const id = location.hash.slice(1);

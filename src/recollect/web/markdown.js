@@ -45,21 +45,40 @@ function load(name) {
   });
 }
 
+/** A line that nobody has written; some languages are searched for by the square of its length. */
+const LONG_LINE = /.{2000}/;
+
 /**
  * @param {string} code
  * @param {string} language As the text names it.
  */
 function coloured(code, language) {
   const name = NAMES[language] ?? language;
-  if (!LANGUAGES.has(name)) return escape(code);
+  if (!LANGUAGES.has(name) || LONG_LINE.test(code)) return escape(code);
   if (highlighter.getLanguage(name)) return highlighter.highlight(code, { language: name }).value;
   load(name);
   return escape(code);
 }
 
+/**
+ * Characters that the parser may go through in search of the ends of emphasis: from each mark it goes to the
+ * end of the paragraph, which for a long one of marks alone takes minutes. Marks beyond that are text.
+ */
+const MOST_SEARCHED = 2_000_000;
+let searched = 0;
+
+/** A line that begins with more marks of quotations and lists than the parser's stack holds. */
+const TOO_DEEP = /^(?:[ \t]*(?:>|[-*+]|\d{1,9}[.)])[ \t]?){100}/m;
+
 const parser = new Marked({
   gfm: true,
   breaks: true,
+  tokenizer: {
+    emStrong(text) {
+      if (text[0] === "*" || text[0] === "_") searched += text.length;
+      return searched > MOST_SEARCHED ? undefined : false; // false: as the parser has it
+    },
+  },
   renderer: {
     code({ text, lang }) {
       const language = (lang ?? "").trim().split(/\s/)[0].toLowerCase();
@@ -96,7 +115,8 @@ const MOST_CHARACTERS = 60_000;
  * @returns {{settled: string, open: string, taken: number}} `taken`: the characters of the settled blocks.
  */
 function parsed(text) {
-  if (text.length <= MOST_CHARACTERS) {
+  if (text.length <= MOST_CHARACTERS && !TOO_DEEP.test(text)) {
+    searched = 0;
     try {
       const tokens = parser.lexer(text);
       const last = tokens.findLastIndex((one) => one.type !== "space");

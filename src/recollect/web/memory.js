@@ -23,7 +23,14 @@ function nameOf(id) {
 export function Memory() {
   const [kv, setKv] = useState(/** @type {Kv | null} */ (null));
   const [error, setError] = useState("");
-  const read = () => void call("GET", "/v1/kv").then(setKv, (/** @type {Error} */ failed) => setError(failed.message));
+  const read = () =>
+    void call("GET", "/v1/kv").then(
+      (found) => {
+        setKv(found);
+        setError("");
+      },
+      (/** @type {Error} */ failed) => setError(failed.message),
+    );
   useEffect(read, [state.tree.value]);
   const more = async () => {
     const page = await call("GET", `/v1/kv?after=${encodeURIComponent(kv?.last_id ?? "")}`);
@@ -60,6 +67,27 @@ function Room({ one }) {
   </p>`;
 }
 
+/** Names of checkpoints that are shown. */
+const MOST_NAMES = 6;
+
+/** @param {string[]} names */
+const few = (names) => names.slice(0, MOST_NAMES).join(", ") + (names.length > MOST_NAMES ? ", …" : "");
+
+/** Branches of a conversation that are shown: the fullest ones. */
+const MOST_BRANCHES = 20;
+
+/** @param {Kept} one @returns {[string, Held][]} */
+const fullest = (one) =>
+  Object.entries(one.branches)
+    .sort(([, a], [, b]) => b.in_memory + b.on_disk - a.in_memory - a.on_disk)
+    .slice(0, MOST_BRANCHES);
+
+/** @param {Kept} one @param {number} number Of the branch that is its last one here. */
+function others(one, number) {
+  const more = Object.keys(one.branches).length - MOST_BRANCHES;
+  return number === MOST_BRANCHES - 1 && more > 0 ? ` and ${count(more)} more` : "";
+}
+
 /** @param {{kept: Kept[]}} props */
 function Table({ kept }) {
   return html`<div class="scrolls" tabindex="0" aria-label="By conversation and branch">
@@ -68,11 +96,11 @@ function Table({ kept }) {
         <tr><th>Conversation</th><th>Branch</th><th>Where its tokens are</th><th class="number">Memory</th><th class="number">Disk</th><th class="number">Pinned</th></tr>
       </thead>
       <tbody>
-        ${kept.flatMap((one) =>
-          Object.entries(one.branches).map(
+        ${kept.flatMap((one) => [
+          ...fullest(one).map(
             ([name, held], number) => html`<tr key=${`${one.id} ${name}`}>
               <td>${number === 0 && html`<button type="button" class="link" onClick=${() => attempt(() => open(one.id))}>${nameOf(one.id)}</button>`}</td>
-              <td>${name}</td>
+              <td>${name}${others(one, number)}</td>
               <td>
                 <${Bar}
                   parts=${[
@@ -87,7 +115,12 @@ function Table({ kept }) {
               <td class="number">${held.pinned ? count(held.pinned) : ""}</td>
             </tr>`,
           ),
-        )}
+          one.checkpoints.length > 0 &&
+            html`<tr key=${one.id}>
+              <td></td>
+              <td colspan="5">${counted(one.checkpoints.length, "checkpoint")}: ${few(one.checkpoints)}</td>
+            </tr>`,
+        ])}
       </tbody>
     </table>
   </div>`;
@@ -99,7 +132,7 @@ function Nexts({ nexts }) {
   return html`<section>
     <h3>What would be evicted next</h3>
     <ol class="nexts">
-      ${nexts.map((one, number) => html`<li key=${number}>${counted(one.tokens, "token")} ${one.conversation ? `of “${nameOf(one.conversation)}”` : "that no branch here has"}${one.branch ? `, ${one.branch}` : ""}</li>`)}
+      ${nexts.map((one, number) => html`<li key=${number}>${counted(one.tokens, "token")} ${one.conversation ? html`of <bdi>“${nameOf(one.conversation)}”</bdi>` : "that no branch here has"}${one.branch ? `, ${one.branch}` : ""}</li>`)}
     </ol>
   </section>`;
 }

@@ -64,7 +64,7 @@ function Editor({ node }) {
   const [text, setText] = useState(node.text);
   const submit = (/** @type {Event} */ event) => {
     event.preventDefault();
-    if (text.trim()) void actions.attempt(() => actions.edit(node, text.trim()));
+    if (text.trim()) void actions.once(`edit ${node.id}`, () => actions.edit(node, text.trim()));
   };
   return html`<form class="editor" onSubmit=${submit}>
     <textarea
@@ -94,9 +94,9 @@ function Tools({ node, isLast }) {
     ${node.role === "user" &&
     html`<${IconButton} icon="edit" label="Edit the question" onClick=${() => (state.editing.value = node.id)} />`}
     ${isReply &&
-    html`<${IconButton} icon="again" label="Another reply" onClick=${() => actions.attempt(() => actions.regenerate(node))} />`}
+    html`<${IconButton} icon="again" label="Another reply" onClick=${() => actions.once(`again ${node.id}`, () => actions.regenerate(node))} />`}
     ${!isLast && html`<${IconButton} icon="fork" label="Go on from here" onClick=${() => actions.select(node.id)} />`}
-    <${IconButton} icon="trash" label="Take out of this branch" onClick=${() => actions.attempt(() => actions.deleteItem(node))} />
+    <${IconButton} icon="trash" label="Take out of this branch" onClick=${() => actions.once(`take out ${node.id}`, () => actions.deleteItem(node))} />
   </div>`;
 }
 
@@ -123,7 +123,8 @@ function WholeMessage({ node, isLast }) {
     html`<p class="cut">
       ${cut}
       ${isLast &&
-      html`<button type="button" onClick=${() => actions.attempt(() => actions.carryOn(node))}>
+      !state.isGrowing.value &&
+      html`<button type="button" onClick=${() => actions.once(`continue ${node.id}`, () => actions.carryOn(node))}>
         <${Icon} name="go" /> Continue
       </button>`}
     </p>`}

@@ -29,6 +29,9 @@ function Continuations() {
   </nav>`;
 }
 
+/** Names of a place that are shown. */
+const MOST_NAMES = 12;
+
 /** Names of where one stands, and what can be done with the place. */
 function Where() {
   const [asks, setAsks] = useState(/** @type {"" | "fork" | "checkpoint" | "branch"} */ (""));
@@ -37,6 +40,8 @@ function Where() {
   if (id === null) return null;
   const branches = branchesAt(tree, id);
   const places = checkpointsAt(tree, id);
+  let point = 1;
+  while (Object.hasOwn(tree.checkpoints, `point-${point}`)) point += 1;
   const one = branches.find((name) => name === state.goingBranch.value) ?? branches[0];
   /** @param {() => Promise<unknown>} action */
   const done = (action) => {
@@ -44,7 +49,7 @@ function Where() {
     void actions.attempt(action);
   };
   return html`<div class="where">
-    ${branches.map(
+    ${[...new Set([...(one ? [one] : []), ...branches])].slice(0, MOST_NAMES).map(
       (name) => html`<button
         type="button"
         key=${name}
@@ -58,21 +63,22 @@ function Where() {
         ${name}
       </button>`,
     )}
-    ${places.map(
+    ${places.slice(0, MOST_NAMES).map(
       (name) => html`<span key=${name} class="tag checkpoint">
-        <${Icon} name="flag" />${name}
+        <${Icon} name="flag" /><span>${name}</span>
         <button type="button" aria-label=${`Forget checkpoint ${name}`} onClick=${() => done(() => actions.deleteCheckpoint(name))}>×</button>
       </span>`,
     )}
+    ${branches.length > MOST_NAMES && html`<span class="hint">and ${count(branches.length - MOST_NAMES)} more</span>`}
     <span class="grow"></span>
     <${IconButton} icon="fork" label="Begin a branch here" onClick=${() => setAsks("fork")} />
     <${IconButton} icon="flag" label="Make a checkpoint here" onClick=${() => setAsks("checkpoint")} />
     ${branches.length === 0 &&
-    html`<${IconButton} icon="rewind" label=${`Rewind ${state.branch.value} to here`} onClick=${() => done(actions.rewind)} />`}
+    html`<${IconButton} icon="rewind" label=${`Rewind ${state.branch.value} to here`} onClick=${() => actions.once("rewind", actions.rewind)} />`}
     ${asks === "fork" &&
     html`<${Prompt} title="A branch from here" label="Its name" value=${actions.nameFor("idea")} action="Fork" pattern=${NAME_PATTERN} hint=${NAME_HINT} onClose=${() => setAsks("")} onDone=${(/** @type {string} */ name) => done(() => actions.fork(name))} />`}
     ${asks === "checkpoint" &&
-    html`<${Prompt} title="A checkpoint here" label="Its name" value=${`point-${Object.keys(tree.checkpoints).length + 1}`} action="Keep" pattern=${NAME_PATTERN} hint=${NAME_HINT} onClose=${() => setAsks("")} onDone=${(/** @type {string} */ name) => done(() => actions.checkpoint(name))} />`}
+    html`<${Prompt} title="A checkpoint here" label="Its name" value=${`point-${point}`} action="Keep" pattern=${NAME_PATTERN} hint=${NAME_HINT} onClose=${() => setAsks("")} onDone=${(/** @type {string} */ name) => done(() => actions.checkpoint(name))} />`}
     ${asks === "branch" &&
     html`<${Prompt} title="Rename the branch" label="Its name" value=${one} action="Rename" pattern=${NAME_PATTERN} hint=${NAME_HINT} onClose=${() => setAsks("")} onDone=${(/** @type {string} */ name) => done(() => actions.renameBranch(one, name))} />`}
   </div>`;

@@ -38,6 +38,9 @@ export function SettingsDialog() {
         Model
         <select value=${values.model} onChange=${keep("model")}>
           <option value="">The server's default</option>
+          ${values.model &&
+          !state.models.value.some((one) => one.id === values.model) &&
+          html`<option value=${values.model}>${values.model} (not served here)</option>`}
           ${state.models.value.map((one) => html`<option key=${one.id} value=${one.id}>${one.id}</option>`)}
         </select>
       </label>

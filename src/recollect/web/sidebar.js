@@ -45,7 +45,7 @@ export function Sidebar() {
       ${state.isLive.value !== null &&
       html`<i class=${state.isLive.value ? "live on" : "live"} title=${state.isLive.value ? "Live" : "Connecting again"}></i>`}
       <span class="grow"></span>
-      <${IconButton} icon="plus" label="New conversation" onClick=${() => actions.attempt(actions.begin)} />
+      <${IconButton} icon="plus" label="New conversation" onClick=${() => actions.once("begin", actions.begin)} />
     </div>
     <label class="search">
       <${Icon} name="search" />

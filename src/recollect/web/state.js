@@ -21,6 +21,12 @@ export const conversations = signal([]);
 export const hasMore = signal(false);
 /** @type {import("@preact/signals").Signal<string | null>} */
 export const current = signal(null);
+/** The open conversation where it is none of those in the list. @type {import("@preact/signals").Signal<Conversation | null>} */
+export const apart = signal(null);
+/** What is known of the open conversation besides its tree. */
+export const opened = computed(() =>
+  [...conversations.value, apart.value].find((one) => one && one.id === current.value),
+);
 /** @type {import("@preact/signals").Signal<Tree>} */
 export const tree = signal(EMPTY);
 /** Whether not all of the open conversation has been read yet. */
@@ -123,6 +129,9 @@ export const growing = computed(() =>
     (one) => one.conversation === current.value && one.parent === selected.value,
   ),
 );
+
+/** Whether there is any. */
+export const isGrowing = computed(() => growing.value.length > 0);
 
 /** Milliseconds in which what comes of replies is gathered before it is drawn. */
 const DRAW_MS = 50;

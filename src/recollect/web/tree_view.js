@@ -23,6 +23,8 @@ const MARGIN = 40;
 /** @type {[number, number]} */
 const SCALES = [0.01, 1.6];
 const WARMTHS = { memory: "in memory", disk: "on disk", none: "not kept" };
+/** What one waits for, in seconds, is a cost that one should see. */
+const DEAR_S = 1;
 /** Labels of branches and checkpoints on one card. */
 const MOST_LABELS = 3;
 
@@ -37,7 +39,8 @@ export function speaker(node) {
 /** @param {TreeNode} node */
 export function firstWords(node) {
   const text = node.text || node.calls.map((one) => one.arguments).join(" ") || node.reasoning;
-  return text.slice(0, 140).replace(/[`*_#>\s]+/g, " ").trim();
+  const plain = text.slice(0, 200).replace(/^\s*(```|~~~).*$/gm, " "); // where code begins and ends
+  return plain.replace(/[`*#>\s]+|\b_+\b|(?<!\w)_+|_+(?!\w)/g, " ").replace(/\s+/g, " ").trim();
 }
 
 /** @param {Place} place */
@@ -84,7 +87,7 @@ function Card({ place, isChosen, isOnPath }) {
     onDblClick=${() => (state.shown.value = "path")}
   >
     <span class="card-who">${speaker(node)}</span>
-    <span class="card-cost">${cost}</span>
+    <span class=${(going?.seconds ?? 0) >= DEAR_S ? "card-cost dear" : "card-cost"}>${cost}</span>
     <span class="card-text">${firstWords(node) || "…"}</span>
     ${labels.length > 0 &&
     html`<span class="labels">
