@@ -550,12 +550,10 @@ def library() -> LlamaLibrary:
     """
     if (found := chosen()) is not None:
         return LlamaLibrary(found)
-    refusals = [f"{found.origin}: {refusal_of(found)}" for found in found_libraries()]
-    if not refusals:
-        raise UnsupportedModelError(f"llama.cpp is not on this machine: {how_to_install()}")
-    raise UnsupportedModelError(
-        f"No llama.cpp on this machine can be used ({'; '.join(refusals)}): {how_to_install()}"
-    )
+    refusals = "; ".join(f"{found.origin}: {refusal_of(found)}" for found in found_libraries())
+    reason = f"No llama.cpp on this machine can be used ({refusals})"
+    reason = reason if refusals else "llama.cpp is not on this machine"
+    raise UnsupportedModelError(f"{reason}: {how_to_install()}")
 
 
 def chosen() -> Found | None:
