@@ -23,7 +23,8 @@ def main() -> int:
     ) as model:
         say("prefilling 8,000 tokens ...")
         result = measure_forks(model, cut_to_length(model, bench_text(), 8000))
-        report("fork", model, {"result": result.to_dict()}, save=arguments.save)
+        name = "fork-llama" if arguments.runtime == "llama" else "fork"
+        report(name, model, {"result": result.to_dict()}, save=arguments.save)
     most_blocks = TRUNK_BLOCKS + result.fork_count
     say(
         f"fork {result.fork_s.median * 1e6:.0f} us (slowest {result.fork_s.maximum * 1e6:.0f}), "

@@ -3,13 +3,15 @@ The server against llama-server: the same weights, the same requests over HTTP, 
 
     python benchmarks/server.py [--rival FILE.gguf] [--rounds 2] [--save]
     python benchmarks/server.py --runtime llama --model FILE.gguf --rival FILE.gguf
+        [--no-draft] [--only-speed]
 
 Traces are those of `benchmarks/workloads.py`, each conversation sent whole each time, as chat
 clients do; and one that goes on after a restart of both. First-token time is measured by the client,
 from the request to the first piece of text. Computed tokens are each server's own count. llama-server
 runs from the `xllamacpp` package, its prompt cache on, with as many slots as there are clients; without
 that package, or a file for it, ours alone is measured. On llama.cpp both compute with the same library
-and the same file, so that what we add is seen; the script then returns 1 where that is too much.
+and the same file, so that what we add is seen; the script then returns 1 where that is too much. Guesses,
+which llama-server does not take, are left out with `--no-draft`, and the traces with `--only-speed`.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -367,6 +369,7 @@ def start_servers(args: argparse.Namespace, home: Path) -> list[Running]:
     port = free_port()
     ours = [sys.executable, "-m", "recollect", "serve", "--model", args.model]
     ours += ["--profile", args.profile, "--runtime", args.runtime, "--port", str(port)]
+    ours += ["--no-draft"] if args.no_draft else []
     servers = [Running(OURS, ours, f"http://127.0.0.1:{port}", home)]
     if args.rival is not None:
         port = free_port()
@@ -379,13 +382,13 @@ def start_servers(args: argparse.Namespace, home: Path) -> list[Running]:
     return servers
 
 
-def measure(servers: Sequence[Running], rounds: int) -> dict[str, Any]:
+def measure(servers: Sequence[Running], rounds: int, names: Iterable[str]) -> dict[str, Any]:
     traces: list[dict[str, Any]] = []
     speeds: dict[str, list[float]] = {server.name: [] for server in servers}
     decodes: dict[str, list[float]] = {server.name: [] for server in servers}
     for number in range(rounds):
         order = servers if number % 2 == 0 else servers[::-1]
-        for name in TRACES:
+        for name in names:
             for server in order:
                 traces.append(run_trace(server, name, f"{name} {number}"))
                 say(
@@ -431,6 +434,8 @@ def main() -> int:
         "--rival", type=Path, help="a GGUF file for llama-server, Q8_0 for its fast path"
     )
     options.add_argument("--rounds", type=int, default=2, help="0: only what HTTP adds")
+    options.add_argument("--no-draft", action="store_true", help="guess no tokens")
+    options.add_argument("--only-speed", action="store_true", help="none of the traces")
     args = options.parse_args()
     load = Load()
     with tempfile.TemporaryDirectory() as folder:
@@ -441,7 +446,9 @@ def main() -> int:
             sources_folder(one).symlink_to(sources_folder(config.home()))
         servers = start_servers(args, home)
         try:
-            result: dict[str, Any] = measure(servers, args.rounds)
+            result: dict[str, Any] = measure(
+                servers, args.rounds, () if args.only_speed else TRACES
+            )
             with recollect.load(
                 args.model, profile=args.profile, runtime=args.runtime, home=beside
             ) as model:
@@ -449,6 +456,7 @@ def main() -> int:
                 result |= {"first_text_s": first, "others_load": load.others()}
                 say(f"HTTP adds {first['added'] * 1000:.1f} ms to the first text")
                 name = "server-llama" if args.runtime == "llama" else "server"
+                name += "-no-draft" if args.no_draft else ""
                 report(name, model, result, save=args.save)
         finally:
             for server in servers:

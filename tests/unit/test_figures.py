@@ -216,6 +216,13 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         result["start_s"][kind]["median"] for kind in ("import", "version", "help")
     ],
     ("restart-qwen2.5-coder-1.5b-2000-fast", "next turn"): first_tokens("disk", "memory", "cold"),
+    ("graphics-card", "logits of a small model"): lambda result: [
+        result["truth"][f"{profile} on CUDA, largest difference from numpy"]
+        for profile in ("exact", "fast", "small")
+    ],
+    ("graphics-card", "first token behind"): lambda result: [
+        result["restart"][way]["first token, ms"] for way in ("disk", "memory", "cold")
+    ],
 }  # fmt: skip
 """Of each row, by the end of its file's name and its first words, how its numbers come out of the file."""
 

@@ -43,6 +43,8 @@ KV_TYPES: Final[Mapping[str, int]] = {
     "q4_0": Q4_0,
 }
 """Types of KV by name. Source: `enum ggml_type`."""
+QUANTIZED: Final = ("q8_0", "q4_0")
+"""Those of them that only attention in one kernel reads."""
 
 _POINTER = c_void_p
 _ROOM: Final = 512
@@ -548,9 +550,10 @@ def library() -> LlamaLibrary:
     """
     if (found := chosen()) is not None:
         return LlamaLibrary(found)
-    refusals = [f"{found.origin}: {refusal_of(found)}" for found in found_libraries()]
-    reason = f" ({'; '.join(refusals)})" if refusals else ""
-    raise UnsupportedModelError(f"llama.cpp is not on this machine{reason}: {how_to_install()}")
+    refusals = "; ".join(f"{found.origin}: {refusal_of(found)}" for found in found_libraries())
+    reason = f"No llama.cpp on this machine can be used ({refusals})"
+    reason = reason if refusals else "llama.cpp is not on this machine"
+    raise UnsupportedModelError(f"{reason}: {how_to_install()}")
 
 
 def chosen() -> Found | None:

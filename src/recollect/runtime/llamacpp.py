@@ -34,7 +34,7 @@ from recollect.runtime.base import (
     check_blocks,
     check_rows,
 )
-from recollect.runtime.llama_library import KV_TYPES, library
+from recollect.runtime.llama_library import KV_TYPES, QUANTIZED, library
 from recollect.runtime.llama_model import MOST_DRAFTED, MOST_FED, LlamaModel, LlamaOptions
 from recollect.runtime.llama_state import Layout
 from recollect.runtime.sequences import Feed, SequenceAdapter, common_length
@@ -223,6 +223,7 @@ class LlamaCppRuntime:
 
     def _open(self, room: int, lanes: int) -> None:
         """Open the context with as many lanes, for *room* tokens each, as there is memory for."""
+        wanted = lanes
         while True:
             try:
                 self.model.open(room, lanes)
@@ -230,12 +231,13 @@ class LlamaCppRuntime:
             except RuntimeFailure:
                 if lanes > 1:
                     lanes //= 2
-                    _log.warning("There is memory for %d sequences at once only.", lanes)
                 elif self.model.put_less_on_cards():
                     self.layout = self.model.require_layout()
                     self._info = self.model.information(self._info.context_length, self.layout)
                 else:
                     raise
+        if lanes < wanted:
+            _log.warning("There is memory for %d of %d sequences at once only.", lanes, wanted)
         self._lanes = [_Lane(number) for number in range(lanes)]
         self.layout = self.layout.with_streams(lanes)
 
@@ -511,6 +513,11 @@ def load_llama(path: Path, *, context_length: int, options: LlamaOptions) -> Pag
     if options.kv_type is not None and options.kv_type not in KV_TYPES:
         raise ConfigError(
             f"There is no KV type {options.kv_type!r}: choose one of {', '.join(KV_TYPES)}."
+        )
+    if options.profile == "exact" and options.kv_type in QUANTIZED:
+        raise ConfigError(
+            f"Profile exact has plain attention, and with KV of {options.kv_type} llama.cpp has flash "
+            "attention alone: take another --kv-type, or --profile small."
         )
     lib = library()
     model = LlamaModel(lib, path, options)

@@ -89,8 +89,9 @@ def differs(first: Logits, second: Logits) -> float:
     return float(np.abs(first - second).max())
 
 
-def test_reuse_is_bitwise_for_the_same_passes(open_runtime: Open) -> None:
-    runtime = open_runtime(LlamaOptions(threads=1))
+@pytest.mark.parametrize("profile", ["exact", "fast", "small"])
+def test_reuse_is_bitwise_for_the_same_passes(open_runtime: Open, profile: Any) -> None:
+    runtime = open_runtime(LlamaOptions(profile=profile, threads=1))
     ids, more = ids_of(100), ids_of(20, 1)
     expected = run(runtime, ids, table(100, 20))
     expected = run(runtime, ids + more, table(120, 20), 100)
@@ -251,6 +252,7 @@ def test_the_window_is_left_behind_and_come_back_to(tmp_path: Path) -> None:
     ("options", "says"),
     [
         (LlamaOptions(kv_type="f12"), "choose one of f32"),
+        (LlamaOptions(profile="exact", kv_type="q8_0"), "with KV of q8_0 .*: take another"),
         (LlamaOptions(gpu_layers=3), "There is no graphics card"),
         (LlamaOptions(device="CUDA0"), "has no device 'CUDA0' here: it has CPU; give one"),
         (LlamaOptions(device="GPU"), "has no device 'GPU' here"),
@@ -308,6 +310,20 @@ def test_another_release_of_the_package_is_refused() -> None:
         assert (llama_library.refusal_of(found) is None) is ok
 
 
+def test_a_machine_with_another_release_alone_is_told_which_one_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = Found(Path("x"), "xllamacpp-2026.9.11063", "xllamacpp 2026.9.11063")
+    monkeypatch.setattr(llama_library, "found_libraries", lambda: [other])
+    library.cache_clear()
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"can be used \(xllamacpp .*11063: it is .*11063, and .*11549 was tested\): install it",
+    ):
+        library()
+    library.cache_clear()
+
+
 def test_a_build_with_other_structures_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a field was added: every default behind it is another's."""
     changed = {**llama_library.CONTEXT_DEFAULTS, "n_batch": 1024}
@@ -337,7 +353,7 @@ def test_without_memory_for_all_lanes_there_are_fewer(
     runtime = load_llama(path, context_length=512, options=EXACT)
     runtime.allocate(160)
     assert runtime.info.pace.most_rows == 2
-    assert "memory for 2 sequences" in caplog.text
+    assert "memory for 2 of 4 sequences" in caplog.text
     assert len(runtime.forward([Row([5 + n], 0, [n]) for n in range(5)]).logits) == 5
     runtime.close()
 
@@ -435,7 +451,6 @@ def test_as_many_layers_go_to_a_card_as_fit(
     model = LlamaModel(library(), path, LlamaOptions(threads=1))
     assert model.layers_on_card == layers
     assert model.device == ("CUDA" if layers else "CPU")
-    assert model.flash_attention is bool(layers)
     model.close()
 
 
