@@ -90,6 +90,12 @@ class Stub:
     tokenizes: bool = True
     spoils_reuse: bool = False
     """Whether what was reused changes what is generated."""
+    reuses_always: bool = False
+    """Whether a slot is reused where that was not asked for."""
+    rounds: float = 0.0
+    """How far log probabilities are off at most, by how long the pass was that computed the last token."""
+    ties: bool = False
+    """Whether alternatives are nearly as likely, and one comes first after a pass of one token."""
     says: deque[str] = field(default_factory=deque)
     """What the next requests generate, each to its end; when there is none, the hash says it."""
     says_halves: bool = False
@@ -284,12 +290,15 @@ class Stub:
 
     def _llama(self, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         prompt, slot = list(body["prompt"]), body["id_slot"]
-        held = self.held.get(slot, []) if body["cache_prompt"] else []
+        reuses = body["cache_prompt"] or self.reuses_always
+        held = self.held.get(slot, []) if reuses else []
         cached = 0
         while cached < min(len(held), len(prompt) - 1) and held[cached] == prompt[cached]:
             cached += 1
         bias = {int(token): value for token, value in body.get("logit_bias") or ()}
         seed = body["seed"] if body["temperature"] else None
+        if self.spoils_reuse and cached:
+            seed = cached
         ids, number = list(prompt), 0
         timings = {"cache_n": cached, "prompt_n": len(prompt) - cached}
         how = "limit"
@@ -297,6 +306,8 @@ class Stub:
         for number in range(1, body["n_predict"] + 1):
             made = next_token(ids, bias, seed)
             token = said_ids.pop(0) if said_ids else made
+            if self.ties and number == 1 and cached == len(prompt) - 1:
+                token = 97 + (token - 96) % 26
             if bias.get(token) is False:
                 token = made
             if token == _END and body["ignore_eos"]:
@@ -308,9 +319,15 @@ class Stub:
             self.held[slot] = ids[:-1]
             event: dict[str, Any] = {"tokens": [token], "stop": False, "tokens_predicted": number}
             if "n_probs" in body:
-                tops = [{"id": token + n, "logprob": -0.5 - n} for n in range(body["n_probs"])]
+                rows = len(prompt) - cached if number == 1 else 1
+                step = 0.1 if self.ties else 1.0
+                off = self._off(ids, rows, begun=len(prompt))
+                tops = [
+                    {"id": token + n, "logprob": -0.5 - n * step + off}
+                    for n in range(body["n_probs"])
+                ]
                 event["completion_probabilities"] = [
-                    {"id": token, "logprob": -0.5, "top_logprobs": tops}
+                    {"id": token, "logprob": -0.5 + off, "top_logprobs": tops}
                 ]
             yield {**event, "timings": timings}
         self.held[slot] = ids[:-1] if number else ids
@@ -321,6 +338,11 @@ class Stub:
             "tokens_predicted": number,
             "timings": timings,
         }
+
+    def _off(self, ids: list[int], rows: int, begun: int) -> float:
+        """Return what rounding does at a place: it depends on the passes, and on nothing else."""
+        said = f"{len(ids)} {rows} {begun}".encode()
+        return self.rounds * blake2b(said, digest_size=1).digest()[0] / 255
 
 
 def _answer(to: BaseHTTPRequestHandler, said: Any, *, status: int = 200) -> None:
