@@ -35,6 +35,7 @@ Fault = Literal[
     "silent",
     "silent after 3",
     "slow",
+    "buffered",
 ]
 BLOCK: Final = 16
 ENDS_EVERY: Final = 97
@@ -114,6 +115,8 @@ class Stub:
     held: dict[int, list[int]] = field(default_factory=dict)
 
     refusal: Any = field(default_factory=lambda: {"error": "refused"})
+    key: str | None = None
+    """What it asks for; None: nothing."""
     is_loading: bool = False
     """Whether it answers no question yet."""
     redirects_to: str | None = None
@@ -130,10 +133,12 @@ class Stub:
                 """Say nothing."""
 
             def do_GET(self) -> None:
-                stub.get(self)
+                if stub.has_key(self):
+                    stub.get(self)
 
             def do_POST(self) -> None:
-                stub.post(self)
+                if stub.has_key(self):
+                    stub.post(self)
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
@@ -150,6 +155,14 @@ class Stub:
         """End."""
         self._server.shutdown()
         self._server.server_close()
+
+    def has_key(self, to: BaseHTTPRequestHandler) -> bool:
+        """Return whether a request has the key that is asked for; where not, it is refused."""
+        if self.key is None or to.headers.get("Authorization") == f"Bearer {self.key}":
+            return True
+        to.rfile.read(int(to.headers.get("Content-Length", 0)))
+        _answer(to, {"error": {"message": "Invalid API Key", "code": 401}}, status=401)
+        return False
 
     def get(self, to: BaseHTTPRequestHandler) -> None:
         if self.redirects_to is not None:
@@ -205,7 +218,10 @@ class Stub:
         given = 0
         events = self._chat if to.path == "/v1/chat/completions" else self._events
         try:
-            for event in events(body):
+            told: Iterator[Mapping[str, Any]] = events(body)
+            if fault == "buffered":  # as a proxy does that waits for the end
+                told = iter(list(told))
+            for event in told:
                 if fault and given == 3 and fault.endswith("after 3"):
                     if fault == "error after 3":
                         _send(to, {"error": {"message": "out of memory"}})

@@ -42,7 +42,11 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["refuse", "cut", "cut after 3", "error after 3", "silent", "silent after 3", "slow"]
+    "fault",
+    [
+        *("refuse", "cut", "cut after 3", "error after 3", "silent", "silent after 3"),
+        *("slow", "buffered"),
+    ],
 )
 def test_one_fault_does_not_show_in_the_reply(
     kind: str, fault: str, make_stub: MakeStub, load: Load
@@ -54,7 +58,7 @@ def test_one_fault_does_not_show_in_the_reply(
     stub.faults.append(fault)
     reply = model.session(namespace="two").respond("hello", params=SHORT)
     assert (reply.text, reply.finish_reason) == (expected.text, "length")
-    assert model.engine.replicas.all[0].lost == (fault != "slow")  # type: ignore[attr-defined]
+    assert model.engine.replicas.all[0].lost == (fault not in ("slow", "buffered"))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +249,21 @@ def test_another_kind_of_server_is_refused(make_stub: MakeStub, load: Load) -> N
 def test_nobody_there_is_told(load: Load) -> None:
     with pytest.raises(EngineUnavailableError, match="No engine answers at"):
         load("vllm=http://127.0.0.1:9")
+
+
+def test_a_key_is_asked_for_and_sent(
+    kind: str, make_stub: MakeStub, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = make_stub(kind, key="right")
+    monkeypatch.delenv("RECOLLECT_ENGINE_KEY", raising=False)
+    with pytest.raises(ConfigError, match="asks for a key: set RECOLLECT_ENGINE_KEY"):
+        load(f"{kind}={url}")
+    monkeypatch.setenv("RECOLLECT_ENGINE_KEY", "wrong")
+    with pytest.raises(ConfigError, match="does not take the key in RECOLLECT_ENGINE_KEY"):
+        load(f"{kind}={url}")
+    monkeypatch.setenv("RECOLLECT_ENGINE_KEY", "right")
+    with load(f"{kind}={url}").session() as session:
+        assert session.respond("hello", params=SHORT).text
 
 
 def test_an_address_that_sends_on_is_refused_with_where_to(
