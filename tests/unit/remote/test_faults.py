@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import recollect
 from recollect.conversation.model import Model
 from recollect.engine.sampling import Generator
 from recollect.errors import (
@@ -264,6 +265,17 @@ def test_a_key_is_asked_for_and_sent(
     monkeypatch.setenv("RECOLLECT_ENGINE_KEY", "right")
     with load(f"{kind}={url}").session() as session:
         assert session.respond("hello", params=SHORT).text
+
+
+@pytest.mark.parametrize(
+    "said", [{"kv_memory": 1 << 20}, {"kv_disk": 1 << 20}, {"device": "CPU"}, {"runtime": "llama"}]
+)
+def test_what_is_said_of_computing_here_is_refused(
+    said: dict[str, Any], make_stub: MakeStub, tmp_path: Path
+) -> None:
+    _, url = make_stub()
+    with pytest.raises(ConfigError, match=f"{next(iter(said))} cannot go with an engine elsewhere"):
+        recollect.load("reference", home=tmp_path, engine=f"vllm={url}", **said)
 
 
 def test_an_address_that_sends_on_is_refused_with_where_to(
