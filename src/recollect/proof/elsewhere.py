@@ -94,13 +94,14 @@ def verify_elsewhere(
         raise ConfigError(f"{operations} operations prove nothing: give at least 1.")
     dice = random.Random(seed)  # noqa: S311 - not for secrets
     namespace = f"verify {secrets.token_hex(8)}"
-    histories: list[list[int]] = []
+    histories: list[_History] = []
     largest = noise = 0.0
     left_out = reused = computed = different = found_anew = 0
     for number in range(operations):
-        prompt = _next_prompt(model, histories, dice)
+        session, prompt = _next_prompt(model, histories, dice)
         try:
-            again, fresh = _answer(model, prompt, namespace), _answer(model, prompt, None)
+            again = _answer(model, prompt, namespace, session=session)
+            fresh = _answer(model, prompt, None)
             reused += again.usage.reused_tokens
             computed += again.usage.computed_tokens
             same, far = _compared(again, fresh)
@@ -110,7 +111,8 @@ def verify_elsewhere(
             if number % _NOISE_EVERY == 0 or far > max(largest, EXACT_LIMIT):
                 noise = max(noise, rounding(model, prompt))
             largest = max(largest, far)
-            histories.append([*prompt, *(one.token_id for one in again.logprobs or ())])
+            said = [*prompt, *(one.token_id for one in again.logprobs or ())]
+            histories.append((session, said))
         except InvalidParameterError:
             left_out += 1
         progress(number + 1, largest)
@@ -197,7 +199,11 @@ def _is_near_tie(model: Model, prompt: list[int], tokens: Sequence[int | None]) 
     return max(likely) - min(likely) <= limit_of(noise)  # where one is not told, it is far away
 
 
-def _next_prompt(model: Model, histories: list[list[int]], dice: random.Random) -> list[int]:
+_History = tuple[str, list[int]]
+"""Which conversation it is of, and its tokens."""
+
+
+def _next_prompt(model: Model, histories: list[_History], dice: random.Random) -> _History:
     """Return a history that goes on, from its end or from anywhere in it, or a new one."""
     said = model.tokenizer.encode_text(
         " ".join(dice.choices(_TEXT.split(), k=dice.randint(12, 40)))
@@ -206,20 +212,25 @@ def _next_prompt(model: Model, histories: list[list[int]], dice: random.Random) 
     while len(histories) > _MOST_HISTORIES:
         del histories[dice.randrange(len(histories))]
     if not histories or dice.random() < 0.15:
-        return (said * 6)[: most // 2]
-    before = dice.choice(histories)
+        return f"verify {secrets.token_hex(8)}", (said * 6)[: most // 2]
+    session, before = dice.choice(histories)
     if dice.random() < 0.4 or len(before) + len(said) > most:
         before = before[: dice.randint(len(before) // 3, min(len(before), most - len(said)))]
-    return [*before, *said]
+    return session, [*before, *said]
 
 
 def _answer(
-    model: Model, prompt: list[int], namespace: str | None, tokens: int = _REPLY_TOKENS
+    model: Model,
+    prompt: list[int],
+    namespace: str | None,
+    tokens: int = _REPLY_TOKENS,
+    session: str = "",
 ) -> GeneratedReply:
     params = SamplingParams(
         max_tokens=tokens, logprobs=MOST_LOGPROBS, ignore_eos=True, end_repetition=False
     )
     sequence = model.engine.new_sequence(namespace)
+    sequence.session = session
     sequence.append(prompt)
     generator = Generator(model.engine, params, sequence=sequence)
     stream = ReplyGeneration(model.engine, generator, model.tokenizer)

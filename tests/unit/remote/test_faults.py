@@ -18,6 +18,7 @@ from recollect.errors import (
     ConfigError,
     EngineUnavailableError,
     InvalidParameterError,
+    MemoryLimitError,
     StoreError,
 )
 from recollect.proof.scenarios import run_rewind_test
@@ -405,7 +406,7 @@ def test_each_key_needs_a_slot_of_llama_server(make_stub: MakeStub, load: Load) 
     model = load(f"llama={url}")
     for namespace in ("alice", "bob"):
         model.session(namespace=namespace).respond("hello", params=SHORT)
-    with pytest.raises(ConfigError, match="--parallel"):
+    with pytest.raises(MemoryLimitError, match="--parallel"):
         model.session(namespace="carol").respond("hello", params=SHORT)
 
 
