@@ -1,7 +1,8 @@
 """
-Two real replicas of vLLM: what edits and branches compute, and whether the model of a fleet holds.
+Real replicas of vLLM: what edits and branches compute, and whether the model of a fleet holds.
 
     python benchmarks/elsewhere.py MODEL_FOLDER URL URL --held TOKENS [--json RESULT.json]
+    python benchmarks/elsewhere.py MODEL_FOLDER URL --traces [--tokens N] [--json RESULT.json]
 
 1. Conversations with edits and branches, through recollect and by a client of texts: a short one, and the
    trace of `traces` in which every other turn is asked again, edited or taken back. Tokens computed are
@@ -10,6 +11,8 @@ Two real replicas of vLLM: what edits and branches compute, and whether the mode
    client), beside what `fleet` says of as many, as long and on as much memory, where each conversation is
    on the replica that it was on. TOKENS is what one replica holds.
 3. Which families' grammars of calls vLLM takes.
+
+With --traces, all of `traces` run on one replica instead, and the result is written after each of them.
 
 `.ci/vllm` starts the replicas and runs this. Nothing else may use them.
 """
@@ -163,17 +166,48 @@ def taken_grammars(model: Model) -> dict[str, bool]:
     return taken
 
 
+def hold_traces(
+    model: Model, client: TextClient, params: SamplingParams
+) -> Iterator[dict[str, object]]:
+    """Hold all traces both ways; yield what they came to, one more each time."""
+    traces: list[dict[str, object]] = []
+    for trace in TRACES:
+        held = compare(model, client, trace, params, lambda: computed(client.urls))
+        print(held, flush=True)
+        traces.append(asdict(held))
+        yield {
+            "date": datetime.now(UTC).date().isoformat(),
+            "engine": model.engine.info.name,
+            "block_tokens": model.engine.info.reuse.unit,
+            "reply_tokens": params.max_tokens,
+            "traces": traces,
+        }
+
+
+def _written(told: Mapping[str, object], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+
+
 def main() -> None:
-    options = argparse.ArgumentParser(description="Two real replicas of vLLM.")
+    options = argparse.ArgumentParser(description="Real replicas of vLLM.")
     options.add_argument("model")
-    options.add_argument("urls", nargs=2)
+    options.add_argument("urls", nargs="+")
     options.add_argument("--name", default="smollm2")
-    options.add_argument("--held", type=int, required=True)
+    options.add_argument("--held", type=int)
+    options.add_argument("--traces", action="store_true")
+    options.add_argument("--tokens", type=int, default=SAID.max_tokens)
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
+    if len(chosen.urls) != (1 if chosen.traces else 2) or (chosen.held is None) != chosen.traces:
+        options.error("give one URL and --traces, or two and --held")
     with recollect.load(chosen.model, engine=f"vllm={','.join(chosen.urls)}") as model:
         unit = model.engine.info.reuse.unit
         client = TextClient(chosen.urls, model.tokenizer, model.context_length, chosen.name)
+        if chosen.traces:
+            for told in hold_traces(model, client, replace(SAID, max_tokens=chosen.tokens)):
+                _written(told, chosen.json)
+            return
         one = replace(client, urls=chosen.urls[:1])
         traces = []
         for trace in (Trace("edits and branches", _edits_and_branches), TRACES[1]):
@@ -190,10 +224,8 @@ def main() -> None:
             "grammars_taken": taken_grammars(model),
             "fleet": {**asdict(fleet), "reused_share": hold_fleet(model, client, fleet)},
         }
-    text = json.dumps(told, indent=2)
-    print(text)
-    if chosen.json is not None:
-        chosen.json.write_text(text + "\n", "utf-8")
+    print(json.dumps(told, indent=2))
+    _written(told, chosen.json)
 
 
 if __name__ == "__main__":

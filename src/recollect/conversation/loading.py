@@ -123,6 +123,7 @@ def load(
             "kv_type": kv_type,
             "allow_native_code": allow_native_code,
             "long_context": long_context or None,
+            "runtime": None if runtime == "auto" else runtime,
             "store": store,
         }
         _require_none_of(given)

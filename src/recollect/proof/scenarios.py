@@ -303,6 +303,8 @@ class RewindResult:
     """Where the history was rewound to: the tokens of Q1 + A1."""
     history_tokens: int
     """How long it was before."""
+    prompt: tuple[int, ...]
+    """What the second answer follows."""
     answer: tuple[int, ...]
     after_rewind: tuple[int, ...]
     fresh: tuple[int, ...]
@@ -370,6 +372,7 @@ def run_rewind_test(model: Model) -> RewindResult:
     return RewindResult(
         length=length,
         history_tokens=history_tokens,
+        prompt=(*history, *second_question),
         answer=answer,
         after_rewind=after_rewind,
         fresh=fresh_answer,

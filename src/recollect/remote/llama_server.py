@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, Final
 
 from recollect.engine.decoder import Likelihood
-from recollect.errors import ConfigError, InvalidParameterError
+from recollect.errors import ConfigError, InvalidParameterError, MemoryLimitError
 from recollect.remote.wire import (
     EngineFacts,
     Link,
@@ -71,7 +71,7 @@ class Slots:
         or that is nobody's; a new namespace takes one from the namespace that has the most.
 
         Raises:
-            ConfigError: There are as many namespaces as slots already.
+            MemoryLimitError: There are as many namespaces as slots already.
         """
         with self._lock:
             slot = self._best(namespace, session)
@@ -106,7 +106,7 @@ class Slots:
             counts[slot.owner] = counts.get(slot.owner, 0) + 1
         spare = [slot for slot in self._slots if slot.owner is None or counts[slot.owner] > 1]
         if not spare:
-            raise ConfigError(
+            raise MemoryLimitError(
                 f"llama-server has {len(self._slots)} slots, and as many keys use it: start it with more "
                 "(--parallel N), or take vLLM, which tells keys apart by itself."
             )

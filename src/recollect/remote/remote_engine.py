@@ -338,7 +338,9 @@ class _Stream:
         self._engine = engine
         self._ids = ask.sequence.token_ids[:length]
         self._namespace = ask.sequence.namespace
-        self._session = ask.sequence.session or session_of(self._ids)
+        # One that has no conversation stays where it began, however long it grows.
+        ask.sequence.session = ask.sequence.session or session_of(self._ids)
+        self._session = ask.sequence.session
         self._sequence = weakref.ref(ask.sequence)  # of which the engine holds this stream
         _remote(ask.sequence).go_on_from(len(self._ids))
         self._params, self._seed = ask.params, ask.seed

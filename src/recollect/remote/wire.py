@@ -245,8 +245,7 @@ def _failures_as_lost(link: Link) -> Iterator[None]:
     except IncompleteRead as cause:
         raise Lost("it broke off") from cause
     except (OSError, HTTPException, ValueError) as cause:
-        reason = _quoted(str(cause) or type(cause).__name__)
-        raise Lost(f"the connection failed ({reason})") from cause
+        raise Lost(f"the connection failed ({_why(cause)})") from cause
     finally:
         link.close()
 
@@ -292,7 +291,7 @@ def _answer(url: str, method: str, path: str, body: bytes | None) -> Any:
         response = link.send(method, path, body, {}, _ANSWER_S)
         text = response.read(_MOST_LINE_BYTES)
     except (OSError, HTTPException) as cause:
-        raise unavailable(url, _quoted(str(cause) or type(cause).__name__)) from cause
+        raise unavailable(url, _why(cause)) from cause
     finally:
         link.close()
     if 300 <= response.status < 400:
@@ -301,6 +300,10 @@ def _answer(url: str, method: str, path: str, body: bytes | None) -> Any:
             f"{url} sends requests on to {to}: give the address of the engine itself."
         )
     if response.status in (401, 403):
+        if os.environ.get(KEY_VARIABLE):
+            raise ConfigError(
+                f"{url} does not take the key in {KEY_VARIABLE}: set it to the engine's."
+            )
         raise ConfigError(f"{url} asks for a key: set {KEY_VARIABLE} to it.")
     if response.status >= 500:
         raise EngineUnavailableError(
@@ -358,6 +361,12 @@ def _reason_in(said: object) -> str:
         if isinstance(said, Mapping) and said.get(name):
             said = said[name]
     return _quoted(str(said)).rstrip(".")
+
+
+def _why(cause: Exception) -> str:
+    """Return what a failed connection says of itself, without the system's number for it."""
+    said = cause.strerror if isinstance(cause, OSError) else None
+    return _quoted(said or str(cause) or type(cause).__name__)
 
 
 def _quoted(text: str) -> str:

@@ -35,6 +35,7 @@ Fault = Literal[
     "silent",
     "silent after 3",
     "slow",
+    "buffered",
 ]
 SILENCE_S: Final = 60
 BLOCK: Final = 16
@@ -91,6 +92,12 @@ class Stub:
     tokenizes: bool = True
     spoils_reuse: bool = False
     """Whether what was reused changes what is generated."""
+    reuses_always: bool = False
+    """Whether a slot is reused where that was not asked for."""
+    rounds: float = 0.0
+    """How far log probabilities are off at most, by how long the pass was that computed the last token."""
+    ties: bool = False
+    """Whether alternatives are nearly as likely, and one comes first after a pass of one token."""
     says: deque[str] = field(default_factory=deque)
     """What the next requests generate, each to its end; when there is none, the hash says it."""
     says_halves: bool = False
@@ -111,6 +118,8 @@ class Stub:
     held: dict[int, list[int]] = field(default_factory=dict)
 
     refusal: Any = field(default_factory=lambda: {"error": "refused"})
+    key: str | None = None
+    """What it asks for; None: nothing."""
     is_loading: bool = False
     """Whether it answers no question yet."""
     redirects_to: str | None = None
@@ -128,10 +137,12 @@ class Stub:
                 """Say nothing."""
 
             def do_GET(self) -> None:
-                stub.get(self)
+                if stub.has_key(self):
+                    stub.get(self)
 
             def do_POST(self) -> None:
-                stub.post(self)
+                if stub.has_key(self):
+                    stub.post(self)
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
@@ -151,6 +162,14 @@ class Stub:
         self.stopped.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def has_key(self, to: BaseHTTPRequestHandler) -> bool:
+        """Return whether a request has the key that is asked for; where not, it is refused."""
+        if self.key is None or to.headers.get("Authorization") == f"Bearer {self.key}":
+            return True
+        to.rfile.read(int(to.headers.get("Content-Length", 0)))
+        _answer(to, {"error": {"message": "Invalid API Key", "code": 401}}, status=401)
+        return False
 
     def get(self, to: BaseHTTPRequestHandler) -> None:
         if self.redirects_to is not None:
@@ -206,7 +225,10 @@ class Stub:
         given = 0
         events = self._chat if to.path == "/v1/chat/completions" else self._events
         try:
-            for event in events(body):
+            told: Iterator[Mapping[str, Any]] = events(body)
+            if fault == "buffered":  # as a proxy does that waits for the end
+                told = iter(list(told))
+            for event in told:
                 if fault and given == 3 and fault.endswith("after 3"):
                     if fault == "error after 3":
                         _send(to, {"error": {"message": "out of memory"}})
@@ -291,12 +313,15 @@ class Stub:
 
     def _llama(self, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         prompt, slot = list(body["prompt"]), body["id_slot"]
-        held = self.held.get(slot, []) if body["cache_prompt"] else []
+        reuses = body["cache_prompt"] or self.reuses_always
+        held = self.held.get(slot, []) if reuses else []
         cached = 0
         while cached < min(len(held), len(prompt) - 1) and held[cached] == prompt[cached]:
             cached += 1
         bias = {int(token): value for token, value in body.get("logit_bias") or ()}
         seed = body["seed"] if body["temperature"] else None
+        if self.spoils_reuse and cached:
+            seed = cached
         ids, number = list(prompt), 0
         timings = {"cache_n": cached, "prompt_n": len(prompt) - cached}
         how = "limit"
@@ -304,6 +329,8 @@ class Stub:
         for number in range(1, body["n_predict"] + 1):
             made = next_token(ids, bias, seed)
             token = said_ids.pop(0) if said_ids else made
+            if self.ties and number == 1 and cached == len(prompt) - 1:
+                token = 97 + (token - 96) % 26
             if bias.get(token) is False:
                 token = made
             if token == _END and body["ignore_eos"]:
@@ -315,9 +342,15 @@ class Stub:
             self.held[slot] = ids[:-1]
             event: dict[str, Any] = {"tokens": [token], "stop": False, "tokens_predicted": number}
             if "n_probs" in body:
-                tops = [{"id": token + n, "logprob": -0.5 - n} for n in range(body["n_probs"])]
+                rows = len(prompt) - cached if number == 1 else 1
+                step = 0.1 if self.ties else 1.0
+                off = self._off(ids, rows, begun=len(prompt))
+                tops = [
+                    {"id": token + n, "logprob": -0.5 - n * step + off}
+                    for n in range(body["n_probs"])
+                ]
                 event["completion_probabilities"] = [
-                    {"id": token, "logprob": -0.5, "top_logprobs": tops}
+                    {"id": token, "logprob": -0.5 + off, "top_logprobs": tops}
                 ]
             yield {**event, "timings": timings}
         self.held[slot] = ids[:-1] if number else ids
@@ -328,6 +361,11 @@ class Stub:
             "tokens_predicted": number,
             "timings": timings,
         }
+
+    def _off(self, ids: list[int], rows: int, begun: int) -> float:
+        """Return what rounding does at a place: it depends on the passes, and on nothing else."""
+        said = f"{len(ids)} {rows} {begun}".encode()
+        return self.rounds * blake2b(said, digest_size=1).digest()[0] / 255
 
 
 def _answer(to: BaseHTTPRequestHandler, said: Any, *, status: int = 200) -> None:

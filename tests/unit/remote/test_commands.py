@@ -105,11 +105,26 @@ def test_the_other_proofs_claim_no_profile(command: str, kind: str, make_stub: M
 
 
 @pytest.mark.slow
-def test_another_reply_of_a_fresh_prefill_is_told_and_may_be_rounding(
-    make_stub: MakeStub,
+@pytest.mark.parametrize("rounds", [0.0, 0.3])
+def test_an_answer_that_other_kv_has_changed_fails(
+    rounds: float, kind: str, make_stub: MakeStub
 ) -> None:
-    """In which precision an engine elsewhere computes, nobody here knows."""
-    stub, url = make_stub()
-    stub.spoils_reuse = True
-    result = run("rewind-test", f"vllm={url}")
+    """Whatever rounding does: the tokens where the answers part are not about as likely."""
+    stub, url = make_stub(kind)
+    stub.spoils_reuse, stub.rounds = True, rounds
+    result = run("rewind-test", f"{kind}={url}")
     assert "a fresh prefill differs from A2" in result.stdout
+    assert "rounding does not explain it" in result.stdout
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(("rounds", "status"), [(0.3, 0), (0.0, 1)])
+def test_an_answer_that_parts_at_a_near_tie_passes_where_passes_round(
+    rounds: float, status: int, make_stub: MakeStub
+) -> None:
+    """Going back computes one token where many were computed; where nothing rounds, that changes nothing."""
+    stub, url = make_stub("llama")
+    stub.ties, stub.rounds = True, rounds
+    result = run("rewind-test", f"llama={url}")
+    assert "A2' differs from A2 at token 0" in result.stdout
+    assert result.exit_code == status, result.output

@@ -69,6 +69,21 @@ def test_a_fork_goes_on_from_where_it_was_made(model: Model) -> None:
     assert session.respond("right", params=SHORT).usage.reused_tokens > 0
 
 
+def test_a_history_that_began_short_is_found_again_where_it_was(model: Model) -> None:
+    """One without a conversation: what keeps it at a replica or in a slot must not change as it grows."""
+    generator = Generator(model.engine, SHORT)
+    generator.append_tokens(model.tokenizer.encode(SYSTEM))
+    while not generator.is_done():
+        generator.generate_next_token()
+    before = model.engine.computed_tokens
+    generator.append_tokens(model.tokenizer.encode(SYSTEM))
+    while not generator.is_done():
+        generator.generate_next_token()
+    generator.close()
+    fed = model.engine.computed_tokens - before
+    assert fed <= len(SYSTEM) + 12 + 16
+
+
 @pytest.mark.few(1)
 def test_another_namespace_reuses_nothing(model: Model) -> None:
     texts = []

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+import recollect
 from recollect.conversation.model import Model
 from recollect.engine.sampling import Generator
 from recollect.errors import (
     ConfigError,
     EngineUnavailableError,
     InvalidParameterError,
+    MemoryLimitError,
     StoreError,
 )
 from recollect.proof.scenarios import run_rewind_test
@@ -46,7 +48,11 @@ def _short_waits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fault", ["refuse", "cut", "cut after 3", "error after 3", "silent", "silent after 3", "slow"]
+    "fault",
+    [
+        *("refuse", "cut", "cut after 3", "error after 3", "silent", "silent after 3"),
+        *("slow", "buffered"),
+    ],
 )
 def test_one_fault_does_not_show_in_the_reply(
     kind: str, fault: str, make_stub: MakeStub, load: Load
@@ -58,7 +64,7 @@ def test_one_fault_does_not_show_in_the_reply(
     stub.faults.append(fault)
     reply = model.session(namespace="two").respond("hello", params=SHORT)
     assert (reply.text, reply.finish_reason) == (expected.text, "length")
-    assert model.engine.replicas.all[0].lost == (fault != "slow")  # type: ignore[attr-defined]
+    assert model.engine.replicas.all[0].lost == (fault not in ("slow", "buffered"))  # type: ignore[attr-defined]
 
 
 @pytest.mark.few(1)
@@ -259,6 +265,32 @@ def test_nobody_there_is_told(load: Load) -> None:
         load("vllm=http://127.0.0.1:9")
 
 
+def test_a_key_is_asked_for_and_sent(
+    kind: str, make_stub: MakeStub, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = make_stub(kind, key="right")
+    monkeypatch.delenv("RECOLLECT_ENGINE_KEY", raising=False)
+    with pytest.raises(ConfigError, match="asks for a key: set RECOLLECT_ENGINE_KEY"):
+        load(f"{kind}={url}")
+    monkeypatch.setenv("RECOLLECT_ENGINE_KEY", "wrong")
+    with pytest.raises(ConfigError, match="does not take the key in RECOLLECT_ENGINE_KEY"):
+        load(f"{kind}={url}")
+    monkeypatch.setenv("RECOLLECT_ENGINE_KEY", "right")
+    with load(f"{kind}={url}").session() as session:
+        assert session.respond("hello", params=SHORT).text
+
+
+@pytest.mark.parametrize(
+    "said", [{"kv_memory": 1 << 20}, {"kv_disk": 1 << 20}, {"device": "CPU"}, {"runtime": "llama"}]
+)
+def test_what_is_said_of_computing_here_is_refused(
+    said: dict[str, Any], make_stub: MakeStub, tmp_path: Path
+) -> None:
+    _, url = make_stub()
+    with pytest.raises(ConfigError, match=f"{next(iter(said))} cannot go with an engine elsewhere"):
+        recollect.load("reference", home=tmp_path, engine=f"vllm={url}", **said)
+
+
 def test_an_address_that_sends_on_is_refused_with_where_to(
     kind: str, make_stub: MakeStub, load: Load
 ) -> None:
@@ -389,7 +421,7 @@ def test_each_key_needs_a_slot_of_llama_server(make_stub: MakeStub, load: Load) 
     model = load(f"llama={url}")
     for namespace in ("alice", "bob"):
         model.session(namespace=namespace).respond("hello", params=SHORT)
-    with pytest.raises(ConfigError, match="--parallel"):
+    with pytest.raises(MemoryLimitError, match="--parallel"):
         model.session(namespace="carol").respond("hello", params=SHORT)
 
 

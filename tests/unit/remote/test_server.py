@@ -14,7 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from recollect.conversation.model import Model
-from recollect.server.access import Keyring
+from recollect.server.access import Keyring, StoredKey, hash_key
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
 from recollect.server.settings import Limits, Settings
@@ -54,6 +54,29 @@ def test_where_no_engine_answers_a_client_is_told_to_ask_again(
     stub.faults.clear()
     assert client.post("/v1/chat/completions", json=ASKED).status_code == 200
     assert client.get("/health").status_code == 200
+
+
+def test_a_key_without_a_slot_is_told_so(
+    make_stub: Callable[..., tuple[Any, str]], load: Callable[..., Model], tmp_path: Path
+) -> None:
+    """It stays so until somebody gives llama-server more slots: no fault of the server's, and no retry."""
+    _, url = make_stub("llama", slots=1)
+    hub = ModelHub(lambda _: load(f"llama={url}"), ["reference"])
+    settings = Settings(
+        home=tmp_path, models=("reference",), has_keys=True, limits=Limits(shutdown_s=5)
+    )
+    keyring = Keyring([StoredKey(key, hash_key(key * 40)) for key in "ab"])
+    with TestClient(create_app(settings, hub, keyring), base_url="http://127.0.0.1") as client:
+        answers = [
+            client.post(
+                "/v1/chat/completions", json=ASKED, headers={"Authorization": f"Bearer {key * 40}"}
+            )
+            for key in "ab"
+        ]
+    assert [answer.status_code for answer in answers] == [200, 400]
+    error = answers[1].json()["error"]
+    assert error["code"] == "memory_limit"
+    assert "--parallel" in error["message"]
 
 
 @pytest.mark.slow
