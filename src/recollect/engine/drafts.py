@@ -243,6 +243,8 @@ def _rounded(width: int) -> int:
 
 COUNTS: Final = (1, 2, 3, 5, 7, 11, 15, 23, 31)
 """How many guesses are fed: few different numbers, so that each is measured, and kernels are made for few."""
+_COPIED: Final = 16
+"""A reply that repeats so many tokens of a prompt copies it: it is sure of what it says, however computed."""
 _FORCED: Final = 0
 _PRIORS: Final = (0.95, 0.3, 0.4, 0.5, 0.7, 0.85)
 """How often guesses are right before any was judged: those that a grammar forces, and by how much is the
@@ -282,18 +284,18 @@ class _Reply:
         self._history.extend(came)
         self._namespace.index.extend(self._text, came)
 
-    def guess(self, forced: Tokens[int], most: int, most_said: int, times: PassTimes) -> list[int]:
+    def guess(self, forced: Tokens[int], most: int, most_alike: int, times: PassTimes) -> list[int]:
         """
         Return what the next pass should be fed behind the history; none where it would not pay.
 
-        At most *most*, and *most_said* of what replies said.
+        At most *most*, and *most_alike* of what is not being copied from a prompt.
         """
         self._is_forced = bool(forced)
         self._guess = (
             Guess(list(forced)) if forced else self._namespace.index.follow(self._text, most)
         )
-        if self._guess.is_said:
-            most = min(most, most_said)
+        if not forced and (self._guess.is_said or self._guess.same < _COPIED):
+            most = min(most, most_alike)
         others = max(0, times.width - self.width)
         best, gain = 0, _LEAST_GAIN * (others + 1) / times.of(others + 1)
         chance = expected = 1.0
@@ -400,21 +402,17 @@ class Drafts:
             self._make_room()
         elif sequence.logits is None:
             most = min(self._most, self._context_length - len(sequence))
-            sequence.draft = reply.guess(forced, most, self._most_said, self.times)
+            sequence.draft = reply.guess(forced, most, self._most_alike, self.times)
 
     @property
-    def _most_said(self) -> int:
+    def _most_alike(self) -> int:
         """
-        Return how many guesses a reply may have of what replies said.
+        Return how many guesses a reply may have so that passes are alike.
 
-        A model says again what it said only where it computes the same again: in passes that are alike.
-        Where there are too many replies for these, there is nothing to keep.
+        In these a model says again what it has said. Where there are too many replies, there are none.
         """
-        return (
-            max(0, self._alike // len(self._replies) - 1)
-            if len(self._replies) <= self._alike
-            else self._most
-        )
+        replies = len(self._replies)
+        return self._alike // replies - 1 if replies <= self._alike else self._most
 
     def _begun(self, name: str | None) -> _Namespace:
         """Return what was said in a namespace; nothing for a sequence that shares with nobody."""
