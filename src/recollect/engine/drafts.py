@@ -213,10 +213,8 @@ class PassTimes:
         else:  # the first one of a shape may also prepare kernels for it: it is not counted
             self._taken[width] = deque(maxlen=_SAMPLES)
         self._noted[width] = self._passes
-        self._known = []
-        least = (
-            inf  # no pass takes longer than a wider one, other than by what else the machine did
-        )
+        # No pass takes longer than a wider one, other than by what else the machine did.
+        self._known, least = [], inf
         for one in sorted(self._taken, reverse=True):
             if self._taken[one] and self._passes - self._noted[one] < _FRESH_PASSES:
                 least = min(least, *self._taken[one])
