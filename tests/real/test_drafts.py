@@ -89,3 +89,39 @@ def test_replies_beside_each_other_are_the_same(model: recollect.Model, drafts: 
         tried.read()
         texts = {branch.index: branch.text for branch in tried.branches}
         assert [texts[index] for index in range(4)] == plain
+
+
+@pytest.fixture(scope="module")
+def fast() -> Iterator[recollect.Model]:
+    with recollect.load("smollm2", profile="fast", runtime="openvino", kv_disk=0) as loaded:
+        if not loaded.engine.info.alike:
+            pytest.skip("this machine computes in f32")
+        yield loaded
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_in_fast_a_reply_that_was_given_is_given_again(
+    fast: recollect.Model, temperature: float
+) -> None:
+    """In every token, though numbers are rounded to bf16 and most passes verify guesses."""
+    params = SamplingParams(max_tokens=160, ignore_eos=True, temperature=temperature, seed=1)
+    drafts, fast.engine.drafts = fast.engine.drafts, None
+    plain = fast.session(params=params, namespace="plain")
+    plain.respond(QUESTION)
+    assert drafts is not None
+    fast.engine.drafts = drafts
+    drafts.learn("guessed", [plain.tip.token_ids or ()])
+    guessed = fast.session(params=params, namespace="guessed")
+    usage = guessed.respond(QUESTION).usage
+    assert guessed.tip.token_ids == plain.tip.token_ids
+    assert usage.accepted_tokens > 80
+
+
+def test_in_fast_replies_beside_each_other_are_those_alone(fast: recollect.Model) -> None:
+    """Up to four."""
+    params = [SamplingParams(max_tokens=64, temperature=0.7, seed=seed) for seed in range(4)]
+    alone = [fast.session(params=one, namespace="alone").respond(QUESTION).text for one in params]
+    tried = fast.session(namespace="beside").explore([QUESTION] * 4, params=params, keep=0)
+    tried.read()
+    texts = {branch.index: branch.text for branch in tried.branches}
+    assert [texts[index] for index in range(4)] == alone

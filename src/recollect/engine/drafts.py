@@ -57,15 +57,19 @@ class Guess:
     """In order; empty: nothing is known."""
     same: int = 0
     """How many tokens before it are the same where it comes from, at most `LONGEST`."""
+    is_said: bool = False
+    """Whether it comes from what replies said alone, and not from what the model was told."""
 
 
 class Text:
     """A text in an index, or a part of one with some tokens before it; it only grows."""
 
-    __slots__ = ("ids", "links", "number")
+    __slots__ = ("ids", "links", "number", "said")
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.said = 0
+        """The place from which on it is a reply."""
         self.ids = array("i")
         self.links = array("q")
         """By token: the place before that had the same key; `_NOWHERE`: there is none."""
@@ -131,7 +135,7 @@ class SuffixIndex:
 
     def follow(self, text: Text, most: int) -> Guess:
         """Return up to *most* tokens that followed where the end of a text came before."""
-        same, places = self._longest(text.ids)
+        same, is_said, places = self._longest(text.ids)
         guessed: list[int] = []
         while places and len(guessed) < most:
             if len(places) == 1:
@@ -145,14 +149,18 @@ class SuffixIndex:
                 for ids, place in places
                 if ids[place] == token and place + 1 < len(ids)
             ]
-        return Guess(guessed, same)
+        return Guess(guessed, same, is_said)
 
-    def _longest(self, ids: "array[int]") -> tuple[int, list[tuple["array[int]", int]]]:
-        """Return the most tokens before a place that are also the last of *ids*, and all such places."""
+    def _longest(self, ids: "array[int]") -> tuple[int, bool, list[tuple["array[int]", int]]]:
+        """
+        Return the most tokens before a place that are also the last of *ids*, and all such places.
+
+        Between them, whether all of these are in replies.
+        """
         if len(ids) < KEY:
-            return 0, []
+            return 0, False, []
         found: list[tuple[array[int], int]] = []
-        longest, length = 0, len(ids)
+        longest, length, is_said = 0, len(ids), True
         at = self._last.get(ids[-2] << _SHIFT | ids[-1], _NOWHERE)
         for _ in range(MOST_COMPARED):
             if at == _NOWHERE or (text := self._texts.get(at >> _SHIFT)) is None:
@@ -163,11 +171,12 @@ class SuffixIndex:
                 same += 1
             self.compared += same
             if same > longest:
-                longest, found = same, []
+                longest, found, is_said = same, [], True
             if same == longest:
                 found.append((other, place))
+                is_said = is_said and place >= text.said
             at = text.links[place]
-        return longest, found
+        return longest, is_said, found
 
 
 _SAMPLES: Final = 5
@@ -205,11 +214,12 @@ class PassTimes:
         else:  # the first one of a shape may also prepare kernels for it: it is not counted
             self._taken[width] = deque(maxlen=_SAMPLES)
         self._noted[width] = self._passes
-        self._known = sorted(
-            (one, min(samples))
-            for one, samples in self._taken.items()
-            if samples and self._passes - self._noted[one] < _FRESH_PASSES
-        )
+        # No pass takes longer than a wider one, other than by what else the machine did.
+        self._known, least = [], inf
+        for one in sorted(self._taken, reverse=True):
+            if self._taken[one] and self._passes - self._noted[one] < _FRESH_PASSES:
+                least = min(least, *self._taken[one])
+                self._known.insert(0, (one, least))
 
     def of(self, width: int) -> float:
         """Return how long a pass over so many tokens takes, in a unit that is the same for all widths."""
@@ -232,6 +242,8 @@ def _rounded(width: int) -> int:
 
 COUNTS: Final = (1, 2, 3, 5, 7, 11, 15, 23, 31)
 """How many guesses are fed: few different numbers, so that each is measured, and kernels are made for few."""
+_COPIED: Final = 16
+"""A reply that repeats so many tokens of a prompt copies it: it is sure of what it says, however computed."""
 _FORCED: Final = 0
 _PRIORS: Final = (0.95, 0.3, 0.4, 0.5, 0.7, 0.85)
 """How often guesses are right before any was judged: those that a grammar forces, and by how much is the
@@ -271,12 +283,18 @@ class _Reply:
         self._history.extend(came)
         self._namespace.index.extend(self._text, came)
 
-    def guess(self, forced: Tokens[int], most: int, times: PassTimes) -> list[int]:
-        """Return what the next pass should be fed behind the history; none where it would not pay."""
+    def guess(self, forced: Tokens[int], most: int, most_alike: int, times: PassTimes) -> list[int]:
+        """
+        Return what the next pass should be fed behind the history; none where it would not pay.
+
+        At most *most*, and *most_alike* of what is not being copied from a prompt.
+        """
         self._is_forced = bool(forced)
         self._guess = (
             Guess(list(forced)) if forced else self._namespace.index.follow(self._text, most)
         )
+        if not forced and (self._guess.is_said or self._guess.same < _COPIED):
+            most = min(most, most_alike)
         others = max(0, times.width - self.width)
         best, gain = 0, _LEAST_GAIN * (others + 1) / times.of(others + 1)
         chance = expected = 1.0
@@ -327,6 +345,7 @@ class _Namespace:
         known = max(same, default=0)
         text = self.index.begin(ids[max(0, known - LONGEST) : known].tolist())
         self.index.extend(text, ids[known:].tolist())
+        text.said = len(text.ids)
         self._histories.append(array("i", ids.tobytes()))
         return text, self._histories[-1]
 
@@ -348,6 +367,7 @@ class Drafts:
 
     def __init__(self, info: RuntimeInfo) -> None:
         self._context_length, self._most = info.context_length, min(MOST_GUESSED, info.most_drafted)
+        self._alike = info.alike
         self._namespaces: OrderedDict[str, _Namespace] = OrderedDict()
         self._replies: WeakKeyDictionary[Sequence, _Reply] = WeakKeyDictionary()
         self._learned: deque[tuple[str, Tokens[int]]] = deque(maxlen=_MOST_LEARNED)
@@ -411,7 +431,17 @@ class Drafts:
             self._make_room()
         elif sequence.logits is None:
             most = min(self._most, self._context_length - len(sequence))
-            sequence.draft = reply.guess(forced, most, self.times)
+            sequence.draft = reply.guess(forced, most, self._most_alike, self.times)
+
+    @property
+    def _most_alike(self) -> int:
+        """
+        Return how many guesses a reply may have so that passes are alike.
+
+        In these a model says again what it has said. Where there are too many replies, there are none.
+        """
+        replies = len(self._replies)
+        return self._alike // replies - 1 if replies <= self._alike else self._most
 
     def _begun(self, name: str | None) -> _Namespace:
         """Return what was said in a namespace; nothing for a sequence that shares with nobody."""

@@ -213,6 +213,11 @@ class RuntimeInfo:
     Most guesses that a row can have (`Row.drafted`); 0: none. The pass that follows may begin at one of them,
     and write others over them.
     """
+    alike: int = 0
+    """
+    A pass over up to so many tokens, each a reply's next one or a guess, gives each bitwise what a pass over
+    it alone gives, and wider ones may not; 0: how wide a pass is makes no difference that matters.
+    """
 
     def kv_bytes(self, num_blocks: int) -> int:
         """Return how much of the machine's memory a pool of that many blocks takes, with its lanes."""

@@ -16,6 +16,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -243,6 +244,13 @@ def _compute_only_sampled_rows(model: ov.Model) -> None:
 BLOCK_SIZE: Final = 32
 """Token slots per block, fixed by OpenVINO's CPU plugin."""
 
+ALIKE: Final = 4
+"""
+Tokens up to which OpenVINO's products of packed weights use one kernel, which gives a row the same whatever
+the others are: for 2 to 4 rows. One row has a kernel of its own, and so have 5 or more. Source: `mb > 4` in
+oneDNN's `jit_brgemm_inner_product_utils.cpp`; tests/real/test_drafts.py.
+"""
+
 DEVICE: Final = "CPU"
 """Where models run: its paged attention computes on KV that others can read and write."""
 
@@ -298,6 +306,7 @@ class OpenVinoRuntime:
             settings = {"PERFORMANCE_HINT": "LATENCY", **SETTINGS[profile]}
             compiled = core.compile_model(model, DEVICE, settings)
             self._request = compiled.create_infer_request()
+            is_rounded = compiled.get_property("INFERENCE_PRECISION_HINT") != ov.Type.f32
         self._cache_ports = [port for port in compiled.inputs if "_cache." in port.any_name]
         self._caches: list[ov.Tensor] = []
         self._bytes: list[np.ndarray] = []  # each cache as bytes, (blocks, bytes of a block)
@@ -320,6 +329,8 @@ class OpenVinoRuntime:
             ),
             # A guess that is written over would leave its mark on the scale of a whole block.
             most_drafted=0 if profile == "small" else context_length,
+            # In f32 what one kernel and another give differs too little for any token to be another.
+            alike=ALIKE if profile == "fast" and is_rounded else 0,
         )
 
     @property
@@ -335,11 +346,11 @@ class OpenVinoRuntime:
         """
         with mapped_errors(f"allocating {num_blocks} KV blocks"):
             for port in self._cache_ports:
-                shape = ov.Shape([num_blocks, *_block_shape(port)])
+                shape = ov.Shape([num_blocks + 1, *_block_shape(port)])  # the last fills passes up
                 tensor = ov.Tensor(port.element_type, shape)
                 self._request.set_tensor(port.any_name, tensor)
                 self._caches.append(tensor)
-                self._bytes.append(tensor.data.reshape(num_blocks, -1).view(np.uint8))
+                self._bytes.append(tensor.data.reshape(num_blocks + 1, -1).view(np.uint8))
         self._num_blocks = num_blocks
 
     def forward(self, rows: Sequence[Row]) -> PassResult:
@@ -347,7 +358,8 @@ class OpenVinoRuntime:
         allocated(self._caches or None)
         check_rows(rows, self._info, self._num_blocks)
         with mapped_errors("running the model"):
-            for name, value in _inputs(rows).items():
+            fed = alike(rows, self._num_blocks) if self._info.alike else rows
+            for name, value in _inputs(fed).items():
                 self._set_input(name, value)
             logits = self._request.infer(share_outputs=True)[0]
         wanted = sum(row.places for row in rows)
@@ -518,6 +530,25 @@ def devices() -> list[tuple[str, str, tuple[str, ...]]]:
 def _block_shape(port: ov.ConstOutput) -> list[int]:
     """Return the shape of one block in a cache, such as `(kv_heads, 32, head_size)`."""
     return [dimension.get_length() for dimension in list(port.partial_shape)[1:]]
+
+
+def alike(rows: Sequence[Row], spare: int) -> Sequence[Row]:
+    """
+    Return a pass over at most `ALIKE` tokens of replies so that each is computed by the same kernels.
+
+    Each token becomes a row: attention has a kernel for rows of one token. A pass over one token gets
+    another beside it, in the block *spare*, which nobody reads. Passes over more, or with a prompt, stay.
+    """
+    if sum(len(row.token_ids) for row in rows) > ALIKE or any(
+        len(row.token_ids) - row.drafted > 1 for row in rows
+    ):
+        return rows
+    single = [
+        replace(row, token_ids=[token], past=row.past + number, drafted=0)
+        for row in rows
+        for number, token in enumerate(row.token_ids)
+    ]
+    return single if len(single) > 1 else [*single, Row([0], 0, [spare])]
 
 
 def _inputs(rows: Sequence[Row]) -> dict[str, np.ndarray]:

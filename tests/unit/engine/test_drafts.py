@@ -3,6 +3,7 @@
 import random
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -204,6 +205,13 @@ def test_a_width_that_was_slow_once_is_tried_again_some_time() -> None:
     assert times.of(8) < 0.02
 
 
+def test_a_pass_takes_no_longer_than_a_wider_one() -> None:
+    """What a width took while the machine did something else does not keep it from being fed."""
+    times = PassTimes()
+    passes(times, {1: 0.010, 2: 0.137, 4: 0.016})
+    assert times.of(2) == times.of(3) == times.of(4) == pytest.approx(0.016)
+
+
 class Told:
     """A reply whose tokens the test says, and passes whose cost it says."""
 
@@ -261,6 +269,51 @@ def test_where_guesses_are_wrong_none_are_fed_and_after_that_they_are_again() ->
     again = [bool(told.say(token)) for one in pairs[150:] for token in one]
     assert sum(again[-30:]) > 20
     told.close()
+
+
+@pytest.mark.parametrize(("replies", "most"), [(1, 3), (2, 1), (3, 0), (4, 0), (5, 31)])
+def test_of_what_was_said_as_many_are_fed_as_passes_that_are_alike_take(
+    replies: int, most: int
+) -> None:
+    """All replies together; where there are more replies than such a pass takes, as many as pay."""
+    ids = dice_of(15).sample(range(1000), 300)
+    runtime = ReferenceRuntime(vocab_size=1000)
+    engine, drafts = Engine(runtime, num_blocks=200), Drafts(replace(runtime.info, alike=4))
+    passes(drafts.times, {1: 0.010, 32: 0.010, 160: 0.011})
+    passes(drafts.times, {replies: 0.010}, 1)
+    drafts.learn("", [ids])
+    sequences = [engine.new_sequence() for _ in range(replies)]
+    for sequence in sequences:
+        sequence.append([0])
+        drafts.follow(sequence, [])
+    widest = 0
+    for token in ids[:100]:
+        for sequence in sequences:
+            sequence.append([token])
+            drafts.follow(sequence, [])
+            widest = max(widest, len(sequence.draft))
+    assert widest == most
+    engine.close()
+
+
+def test_what_is_copied_from_a_prompt_is_fed_in_wider_passes_too() -> None:
+    """Once so much of it was that it is no chance."""
+    ids = dice_of(16).sample(range(1000), 300)
+    runtime = ReferenceRuntime(vocab_size=1000)
+    engine, drafts = Engine(runtime, num_blocks=200), Drafts(replace(runtime.info, alike=4))
+    passes(drafts.times, {1: 0.010, 32: 0.011})
+    passes(drafts.times, {1: 0.010}, 1)
+    drafts.learn("", [ids])  # and a reply has said it
+    sequence = engine.new_sequence()
+    sequence.append(ids)
+    fed = []
+    for token in ids[:100]:
+        sequence.append([token])
+        drafts.follow(sequence, [])
+        fed.append(len(sequence.draft))
+    assert max(fed[:15]) == 3
+    assert max(fed) == 31
+    engine.close()
 
 
 def test_what_is_forced_is_fed_first() -> None:

@@ -8,7 +8,8 @@ import pytest
 from openvino import opset13 as ops
 
 from recollect.errors import UnsupportedModelError
-from recollect.runtime.openvino import decide_long_rope, join_embeddings, make_paged
+from recollect.runtime.base import Row
+from recollect.runtime.openvino import alike, decide_long_rope, join_embeddings, make_paged
 
 LONG, SHORT = np.array([4.0, 8.0], np.float32), np.array([1.0, 2.0], np.float32)
 
@@ -86,3 +87,32 @@ def test_a_graph_without_attention_is_refused() -> None:
     model = ov.Model([ops.result(ops.convert(ids, np.float32))], [ids], "no attention")
     with pytest.raises(UnsupportedModelError, match="no KV cache that can be paged"):
         make_paged(model)
+
+
+def test_a_narrow_pass_becomes_rows_of_one_token() -> None:
+    """Two to four, which one kernel computes, whoever they are of."""
+    one, reply, other = (
+        Row([5], 40, [1, 2]),
+        Row([5, 6, 7], 40, [1, 2], drafted=2),
+        Row([8], 3, [4]),
+    )
+    assert alike([one], 9) == [one, Row([0], 0, [9])]
+    assert alike([reply, other], 9) == [
+        Row([5], 40, [1, 2]),
+        Row([6], 41, [1, 2]),
+        Row([7], 42, [1, 2]),
+        other,
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [Row([5, 6], 0, [1])],
+        [Row([5] * 5, 9, [1], drafted=4)],
+        [Row([5], n, [n]) for n in range(5)],
+    ],
+    ids=["a prompt", "wide", "many"],
+)
+def test_other_passes_stay(rows: list[Row]) -> None:
+    assert alike(rows, 9) is rows
