@@ -30,12 +30,7 @@ from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.engine.tier import DiskTier
-from recollect.errors import (
-    ConfigError,
-    ConversationError,
-    InvalidParameterError,
-    UnknownConversationError,
-)
+from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.journal.conversation_files import path_from_json
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
@@ -489,7 +484,7 @@ class Model:
             UnknownConversationError: There is no conversation *after*.
             StoreError: The journal cannot be read.
         """
-        page = Page(limit=-1 if limit is None else _checked(limit), after=after)
+        page = Page(limit=-1 if limit is None else limit, after=after)
         return self.journal.conversations(page=page)
 
     def search(self, words: str, *, limit: int = 20, after: int | None = None) -> list[Hit]:
@@ -500,7 +495,7 @@ class Model:
             InvalidParameterError: There is no word in it, or it is too long; there is no such limit.
             StoreError: The journal cannot be read.
         """
-        return self.journal.search(words, limit=_checked(limit), after=after)
+        return self.journal.search(words, limit=limit, after=after)
 
     def resume(
         self,
@@ -694,9 +689,3 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _checked(limit: int) -> int:
-    if limit < 1:
-        raise InvalidParameterError(f"limit is {limit}: give 1 or more.", param="limit")
-    return limit

@@ -323,6 +323,22 @@ class RewindResult:
         """Return the first token of A2 that is not the fresh prefill's; None where equal."""
         return first_difference(self.answer, self.fresh)
 
+    def differences(self) -> list[str]:
+        """Return a line for each answer that is not A2, naming the first token that differs."""
+        lines = []
+        if (place := self.rewind_differs_at) is not None:
+            lines.append(f"A2' differs from A2 at {self._tokens(place, self.after_rewind)}")
+        if (place := self.fresh_differs_at) is not None:
+            lines.append(f"a fresh prefill differs from A2 at {self._tokens(place, self.fresh)}")
+        return lines
+
+    def _tokens(self, place: int, other: tuple[int, ...]) -> str:
+        first, second = (
+            str(answer[place]) if place < len(answer) else "the end"
+            for answer in (self.answer, other)
+        )
+        return f"token {place}: {second} instead of {first}"
+
 
 def first_difference(first: tuple[int, ...], second: tuple[int, ...]) -> int | None:
     """Return the first place where two answers differ, a missing token included, or None."""

@@ -171,7 +171,7 @@ def test_a_log_is_bounded_in_count_and_in_bytes_and_tells_what_is_lost(
 
 def test_a_reader_takes_few_bytes_at_once_and_all_in_the_end() -> None:
     log = EventLog(first_id=1)
-    watch = Watch(log, "", after=0, wake=lambda: None, leave=lambda _: None)
+    watch = Watch(log, "", after=0, wake=lambda _: None, leave=lambda _: None)
     sizes = [*[30_000] * 10, 100_000, *[100] * 1000]
     for size in sizes:
         log.add("one", None, {"text": "x" * size})

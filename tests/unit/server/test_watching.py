@@ -249,7 +249,7 @@ def test_what_is_sent_at_once_is_little_however_much_has_happened() -> None:
         log.add("one", "mine" if number % 25 == 24 else "another", {"text": "x" * 30_000})
 
     async def sent(label: str | None, parts: int) -> list[str]:
-        watch = Watch(log, "", after=0, wake=lambda: None, leave=lambda _: None)
+        watch = Watch(log, "", after=0, wake=lambda _: None, leave=lambda _: None)
         stream = WatchStream(Watchers(), watch, of_conversation(label))
         found = aiter(stream.body_iterator)
         return [str(await anext(found)) for _ in range(1 + parts)][1:]
