@@ -38,7 +38,6 @@ from recollect.proof.bench import (
 from recollect.proof.elsewhere import rounding_explains
 from recollect.proof.scenarios import (
     GradedReply,
-    RewindResult,
     ScenarioResult,
     Turn,
     load_scenarios,
