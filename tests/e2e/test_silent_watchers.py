@@ -70,10 +70,11 @@ def watch(address: str, last: int | None = None) -> socket.socket:
     return connection
 
 
-def kinds(connection: socket.socket, until: str) -> list[str]:
-    """Return the kinds of events that come, in their order, up to the first one with a text."""
-    data = b""
-    while until.encode() not in data:
+def kinds(connection: socket.socket, *until: str) -> list[str]:
+    """Return the kinds of events that come, in their order, up to the first one with one of some texts."""
+    data, wanted, seen = bytearray(), [text.encode() for text in until], 0
+    while all(data.find(one, max(0, seen - len(one))) < 0 for one in wanted):
+        seen = len(data)
         more = connection.recv(1 << 16)
         assert more, "the server ended the stream"
         data += more
@@ -92,7 +93,9 @@ def test_those_who_never_read_cost_little_and_are_told_that_they_missed_somethin
         silent = [stack.enter_context(closing(watch(address))) for _ in range(WATCHERS)]
         reader = stack.enter_context(closing(watch(address)))
         heard: list[str] = []
-        reading = threading.Thread(target=lambda: heard.extend(kinds(reader, "the last one")))
+        reading = threading.Thread(
+            target=lambda: heard.extend(kinds(reader, "the last one", "events.lost"))
+        )
         reading.start()
         before = memory_mb(pid)
         said = [f"{SAID} {number}" for number in range(TIMES - 1)] + [f"{SAID} the last one"]

@@ -41,8 +41,9 @@ def test_lists_come_in_pages_and_a_search_says_where_each_message_is(
     (last,) = model.search('oak "the sea"', limit=2, after=hits[-1].node_id)
     assert last.conversation == "one"
     assert model.search('oak "sea the"') == []
-    lists: list[Callable[..., object]] = [model.sessions, model.checkpoints]
-    for listed in (*lists, partial(model.search, "oak")):
+    search = partial(model.search, "oak")
+    lists: list[Callable[..., object]] = [model.sessions, model.checkpoints, search]
+    for listed in lists:
         with pytest.raises(InvalidParameterError, match="give 1 or more"):
             listed(limit=0)
 

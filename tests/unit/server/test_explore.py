@@ -231,9 +231,14 @@ def test_the_tools_of_the_last_response_are_offered_again(
 ) -> None:
     """They are a part of the prompt, which would be read again without them."""
     conversation = post(client, PATH, {"items": [{"role": "system", "content": LONG}]})["id"]
-    tool = {"type": "function", "name": "light", "description": "Turns a light on."}
+    tool: Json = {"type": "function", "name": "light", "description": "Turns a light on."}
     tool |= {"parameters": {"type": "object", "properties": {}}}
-    said = {"conversation": conversation, "input": "Hello", "tools": [tool], "tool_choice": "none"}
+    said: Json = {
+        "conversation": conversation,
+        "input": "Hello",
+        "tools": [tool],
+        "tool_choice": "none",
+    }
     post(client, "/v1/responses", {**said, "max_output_tokens": 6})
     found = post(client, f"{PATH}/{conversation}/explore", {**HOT, "prompts": ["Why?"]})
     usage = found["usage"]
