@@ -77,6 +77,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "many")
 # What other programs keep on this machine is no part of a test; `stores` has tests of its own.
 for _variable in ("OLLAMA_MODELS", "LLAMA_CACHE", "HF_HUB_CACHE"):
     os.environ[_variable] = "/nonexistent"
+# Tests share the cores with each other, whatever the load is when the first loads llama.cpp.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 HERE = Path(__file__).parent
 SLOW_FOLDERS = {"clients", "crash", "e2e", "exports", "homes", "real"}

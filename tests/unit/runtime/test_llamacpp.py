@@ -383,14 +383,22 @@ def test_lanes_take_what_is_counted_for_them(
 @pytest.mark.few(1)
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp waits, and on Linux alone")
 @pytest.mark.parametrize(
-    ("own", "spins"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
-    ids=["nothing", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"],
+    ("load", "own", "spins"),
+    [
+        (1000.0, {}, "1000"),
+        (0.0, {}, "300000"),
+        (1000.0, {"GOMP_SPINCOUNT": "77"}, "77"),
+        (1000.0, {"OMP_WAIT_POLICY": "passive"}, "0"),
+    ],
+    ids=["busy", "quiet", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"],
 )
-def test_libgomp_itself_says_how_long_threads_spin(own: dict[str, str], spins: str) -> None:
+def test_libgomp_itself_says_how_long_threads_spin(
+    load: float, own: dict[str, str], spins: str
+) -> None:
     """And the environment, which processes that are started later have too, is as it was."""
     code = (
         "import os, recollect.runtime.llama_library as found\n"
+        f"os.getloadavg = lambda: ({load}, 0, 0)\n"
         "before = dict(os.environ)\n"
         "found.library()\n"
         "assert os.environ == before, os.environ\n"
