@@ -38,7 +38,6 @@ from recollect.proof.bench import (
 from recollect.proof.elsewhere import rounding_explains
 from recollect.proof.scenarios import (
     GradedReply,
-    RewindResult,
     ScenarioResult,
     Turn,
     load_scenarios,
@@ -252,7 +251,7 @@ def rewind_test(
         f"({result.rewind_computed_tokens} computed), asked again "
         f"({result.again_computed_tokens} computed), {len(result.answer)} tokens of answer"
     )
-    found = differences(result)
+    found = output.rewind_lines(result)
     if is_elsewhere:
         is_right = is_rounding
         found += rounding_lines(result, is_rounding=is_rounding)
@@ -266,25 +265,6 @@ def rewind_test(
         return
     typer.echo("rewind test FAILED")
     raise typer.Exit(1)
-
-
-def differences(result: RewindResult) -> list[str]:
-    """Return a line for each answer that is not A2, naming the first token that differs."""
-    lines = []
-    if (place := result.rewind_differs_at) is not None:
-        lines.append(f"A2' differs from A2 at {_tokens(place, result.answer, result.after_rewind)}")
-    if (place := result.fresh_differs_at) is not None:
-        lines.append(
-            f"a fresh prefill differs from A2 at {_tokens(place, result.answer, result.fresh)}"
-        )
-    return lines
-
-
-def _tokens(place: int, first: tuple[int, ...], second: tuple[int, ...]) -> str:
-    one, other = (
-        str(answer[place]) if place < len(answer) else "the end" for answer in (first, second)
-    )
-    return f"token {place}: {other} instead of {one}"
 
 
 @app.command()

@@ -36,6 +36,7 @@ from recollect.proof.bench import (
     Summary,
     Unreadable,
 )
+from recollect.proof.scenarios import RewindResult
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -392,3 +393,22 @@ def _line(
         alpha=0.15,
         linewidth=0,
     )
+
+
+def rewind_lines(result: RewindResult) -> list[str]:
+    """Return a line for each answer that is not A2, naming the first token that differs."""
+    lines = []
+    if (place := result.rewind_differs_at) is not None:
+        lines.append(f"A2' differs from A2 at {_tokens(place, result.answer, result.after_rewind)}")
+    if (place := result.fresh_differs_at) is not None:
+        lines.append(
+            f"a fresh prefill differs from A2 at {_tokens(place, result.answer, result.fresh)}"
+        )
+    return lines
+
+
+def _tokens(place: int, first: tuple[int, ...], second: tuple[int, ...]) -> str:
+    one, other = (
+        str(answer[place]) if place < len(answer) else "the end" for answer in (first, second)
+    )
+    return f"token {place}: {other} instead of {one}"
