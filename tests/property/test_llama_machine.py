@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from random_model import SHAPES, write_random_model
@@ -199,5 +200,6 @@ def test_a_lane_that_serves_too_much_is_found(
 ) -> None:
     """As where lanes were matched by how long they are."""
     monkeypatch.setattr(llamacpp, "common_length", lambda lane, wanted: min(len(lane), len(wanted)))
-    with pytest.raises(AssertionError):
+    # A failure may not come again: which lane is free depends on when sequences are collected.
+    with pytest.raises((AssertionError, FlakyFailure)):
         run_state_machine_as_test(machine, settings=fault_search(60))
