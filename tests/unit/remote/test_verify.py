@@ -86,7 +86,9 @@ def test_likely_tokens_that_the_other_reply_does_not_name_are_far_from_it() -> N
         tuple(TokenLogprob(first + n, b"", -0.1 - n) for n in range(20)) for first in (0, 20, 1)
     ]
     one, other, near = (TokenLogprob(top[0].token_id, b"", -0.1, top) for top in tops)
-    assert apart([one], [other]) == (False, pytest.approx(19.0))
+    same, far = apart([one], [other])
+    assert not same
+    assert far == pytest.approx(19.0)
     assert apart([one], [one]) == (True, 0.0)
     assert apart([one], [near])[1] == pytest.approx(19.0)
 
