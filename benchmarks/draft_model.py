@@ -8,7 +8,6 @@ reply, what it would have said at each place. From where both agree, and from th
 follows what guessing k tokens at a time comes to, if all else took no time. The two must have one vocabulary.
 """
 
-import sys
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Final
@@ -129,4 +128,4 @@ def passes_of(agreed: Sequence[bool], count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -416,8 +416,8 @@ def genai_pipeline(
                 wanted.num_assistant_tokens, wanted.max_ngram_size = guesses, 3
             messages = genai.ChatHistory([{"role": "user", "content": text}])
             metrics = pipeline.generate(messages, wanted).perf_metrics
-            times = [stamp / 1000 for stamp in metrics.raw_metrics.m_new_token_times]
-            count = metrics.get_num_generated_tokens()
+            times: list[float] = [stamp / 1000 for stamp in metrics.raw_metrics.m_new_token_times]
+            count: int = metrics.get_num_generated_tokens()
             return (count - 1) / (times[-1] - times[0])
 
         yield ask
