@@ -82,8 +82,9 @@ def main() -> None:
             else:
                 print(f"{step.question}\n  (given up after {MOST_TRIES} tries)")
         said = len(session.path()) // 2
+    replies = "reply" if failed == 1 else "replies"
     print(
-        f"\n{said} steps taken, {failed} replies taken back. The prompts had {prompt:,} tokens, of "
+        f"\n{said} steps taken, {failed} {replies} taken back. The prompts had {prompt:,} tokens, of "
         f"which {computed:,} were computed: {1 - computed / prompt:.0%} saved."
     )
 
