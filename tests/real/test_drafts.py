@@ -115,13 +115,3 @@ def test_in_fast_a_reply_that_was_given_is_given_again(
     usage = guessed.respond(QUESTION).usage
     assert guessed.tip.token_ids == plain.tip.token_ids
     assert usage.accepted_tokens > 80
-
-
-def test_in_fast_replies_beside_each_other_are_those_alone(fast: recollect.Model) -> None:
-    """Up to four."""
-    params = [SamplingParams(max_tokens=64, temperature=0.7, seed=seed) for seed in range(4)]
-    alone = [fast.session(params=one, namespace="alone").respond(QUESTION).text for one in params]
-    tried = fast.session(namespace="beside").explore([QUESTION] * 4, params=params, keep=0)
-    tried.read()
-    texts = {branch.index: branch.text for branch in tried.branches}
-    assert [texts[index] for index in range(4)] == alone

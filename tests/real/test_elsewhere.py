@@ -113,7 +113,8 @@ def test_reuse_is_right(model: Model) -> None:
     """On quantized weights prompts of other lengths round otherwise, which the noise control shows."""
     report = verify_elsewhere(model, operations=8)
     assert report.reused_tokens > 100
-    assert report.largest < 2.0
+    assert report.noise > 0.1
+    assert report.passed
 
 
 def test_turns_are_reused_token_by_token(model: Model) -> None:
@@ -154,11 +155,8 @@ def test_a_schema_is_followed(model: Model) -> None:
 
 
 def test_verify_tells_what_it_found(llama: tuple[Path, str], tmp_path: Path) -> None:
-    """Its verdict may be either: on quantized weights prompts of other lengths round otherwise."""
-    process = _command(llama, tmp_path, "verify", "-n", "6")
-    told, wrong = process.communicate(timeout=600)
-    assert process.returncode in (0, 1), told + wrong
-    assert told.splitlines()[-1] == f"Reuse: {'FAIL' if process.returncode else 'PASS'}"
+    told = _ended(_command(llama, tmp_path, "verify", "-n", "6"))
+    assert told.splitlines()[-1] == "Reuse: PASS"
     reused = re.search(r"([\d,]+) tokens reused", told)
     assert reused is not None
     assert int(reused[1].replace(",", "")) > 50
@@ -167,12 +165,9 @@ def test_verify_tells_what_it_found(llama: tuple[Path, str], tmp_path: Path) -> 
 def test_a_rewind_costs_nothing_and_the_verdict_is_told(
     llama: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """Likewise: where one pass computes more tokens than another, a near tie falls otherwise."""
-    process = _command(llama, tmp_path, "rewind-test")
-    told, wrong = process.communicate(timeout=600)
-    assert process.returncode in (0, 1), told + wrong
+    told = _ended(_command(llama, tmp_path, "rewind-test"))
     assert "(0 computed), asked again (1 computed)" in told
-    assert told.splitlines()[-1] == f"rewind test {'FAILED' if process.returncode else 'OK'}"
+    assert told.splitlines()[-1] == "rewind test OK"
 
 
 def test_scenarios_are_played(llama: tuple[Path, str], tmp_path: Path) -> None:
