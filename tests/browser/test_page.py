@@ -631,7 +631,9 @@ def test_what_going_on_would_cost_is_told_before_and_is_what_it_costs(
 ) -> None:
     """With where each message is: in memory, on disk, not kept; by edges of cards, and in numbers."""
     hello = {"messages": [message("user", "Hello.")], "max_tokens": 4}
-    api(server.url, "/v1/chat/completions", hello)  # before a model has spoken, nobody knows its speed
+    api(
+        server.url, "/v1/chat/completions", hello
+    )  # before a model has spoken, nobody knows its speed
     words = " ".join(f"word-{number}" for number in range(60))
     said = [message("user", f"Remember: {words}"), message("assistant", f"I do: {words}")]
     page = windows(f"{server.url}#{api(server.url, '/v1/conversations', {'items': said})['id']}")

@@ -211,7 +211,7 @@ ALL_OPTIONS = set().union(*(options(find([name])[0]) for name in SUBCOMMANDS)) |
 }
 FOREIGN_OPTIONS = {
     "docs/clients.md": {"--map-tokens"},  # Aider's
-    "docs/drafts.md": {"--rival"},  # of the benchmark
+    **dict.fromkeys(("docs/benchmarks.md", "docs/drafts.md"), {"--rival"}),  # of benchmarks
     "docs/platforms.md": {"--platform", "--dry-run"},  # pip's
     "docs/scale.md": {
         *("--parallel", "--no-cache-prompt"),  # llama-server's

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+NAMES = ("recollect", "llama-server")
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
 SERVER = json.loads(
@@ -73,8 +74,18 @@ def least_ms(result: Result, way: str, rows: str) -> float:
     return least
 
 
+def of_the_page(messages: str) -> Callable[[Result], list[float]]:
+    names = ("first_paint_s", "tree_drawn_s", "tree_whole_s", "key_s", "elements")
+    return lambda result: [result["messages"][messages][name]["median"] for name in names]
+
+
 def total(result: Result, what: str) -> int:
     return sum(trace[what] for trace in result["traces"])
+
+
+def beside_llama_server(result: Result, what: str) -> list[float]:
+    ours, theirs = (result[what][name] for name in NAMES)
+    return [ours / theirs, ours, theirs]
 
 
 FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
@@ -110,10 +121,10 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("step-smollm2-fast", "between two"): of_steps("between_ms"),
     ("step-smollm2-fast", "from the end"): of_steps("last_text_ms"),
     ("step-smollm2-fast", "the floor"): of_steps("floor_share", 100),
-    ("drafts-fast", "speed, in times"): lambda result: [
+    ("drafts-smollm2-fast", "speed, in times"): lambda result: [
         case["ratio"] for case in result["cases"].values()
     ],
-    ("drafts-fast", "the same in percent"): lambda result: [
+    ("drafts-smollm2-fast", "the same in percent"): lambda result: [
         100 * case["share_of_bound"] for case in result["cases"].values()
     ],
     ("eight-rows-fast", "OpenVINO's products"): lambda result: [
@@ -223,6 +234,20 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("graphics-card", "first token behind"): lambda result: [
         result["restart"][way]["first token, ms"] for way in ("disk", "memory", "cold")
     ],
+    ("web-reference", "2,000 messages"): of_the_page("2000"),
+    ("web-reference", "10,000 messages"): of_the_page("10000"),
+    ("web-reference", "the page's files"): lambda result: [result["bytes"]],
+    ("server-llama-no-draft-fast", "without guesses"): lambda result: [
+        beside_llama_server(result, "decode_per_second")[0],
+        beside_llama_server(result, "tokens_per_second")[0],
+        *beside_llama_server(result, "decode_per_second")[1:],
+        *beside_llama_server(result, "tokens_per_second")[1:],
+    ],
+    ("workloads-llama-fast", "the five traces of"): lambda result: [
+        total(result, "computed_tokens"),
+        total(result, "prompt_tokens"),
+        total(result, "recomputed_tokens"),
+    ],
 }  # fmt: skip
 """Of each row, by the end of its file's name and its first words, how its numbers come out of the file."""
 
@@ -275,7 +300,6 @@ def test_the_lengths_of_the_traces_are_those_of_the_file() -> None:
     )
 
 
-NAMES = ("recollect", "llama-server")
 TRACES = {
     "next turn after a restart": "after a restart",
     "8 chats at once on one system prompt": "8 on one system prompt",
