@@ -211,7 +211,8 @@ ALL_OPTIONS = set().union(*(options(find([name])[0]) for name in SUBCOMMANDS)) |
 }
 FOREIGN_OPTIONS = {
     "docs/clients.md": {"--map-tokens"},  # Aider's
-    **dict.fromkeys(("docs/benchmarks.md", "docs/drafts.md"), {"--rival"}),  # of benchmarks
+    "docs/benchmarks.md": {"--rival"},  # of benchmarks
+    "docs/drafts.md": {"--rival"},
     "docs/platforms.md": {"--platform", "--dry-run"},  # pip's
     "docs/scale.md": {
         *("--parallel", "--no-cache-prompt"),  # llama-server's
