@@ -43,11 +43,7 @@ def home() -> Path:
         ConfigError: It cannot be a folder.
     """
     chosen = os.environ.get("RECOLLECT_HOME")
-    try:
-        folder = Path(chosen or platformdirs.user_data_dir("recollect", False)).expanduser()
-    except RuntimeError as cause:  # `~name` of a user that does not exist
-        raise ConfigError(f"RECOLLECT_HOME is {chosen!r} ({cause}): name a folder.") from cause
-    return require_folder(folder)
+    return _named(chosen or platformdirs.user_data_dir("recollect", False), "RECOLLECT_HOME")
 
 
 def data_folder(given: str | os.PathLike[str] | None) -> Path:
@@ -57,12 +53,16 @@ def data_folder(given: str | os.PathLike[str] | None) -> Path:
     Raises:
         ConfigError: It cannot be a folder.
     """
-    if given is None:
-        return home()
+    return home() if given is None else _named(os.fspath(given), "home")
+
+
+def _named(text: str, what: str) -> Path:
+    """Return the folder that *text* names, which is said as *what* where it cannot be one."""
     try:
-        return require_folder(Path(given).expanduser())
-    except RuntimeError as cause:
-        raise ConfigError(f"home is {str(given)!r} ({cause}): name a folder.") from cause
+        folder = Path(text).expanduser()
+    except RuntimeError as cause:  # `~name` of a user that does not exist
+        raise ConfigError(f"{what} is {text!r} ({cause}): name a folder.") from cause
+    return require_folder(folder)
 
 
 def require_folder(folder: Path) -> Path:

@@ -83,9 +83,9 @@ class EventLog:
             self.held_bytes = 0
             self.next_id += 1
 
-    def after(self, event_id: int, *, most_bytes: int = TAKEN_BYTES) -> list[Event] | None:
+    def after(self, event_id: int) -> list[Event] | None:
         """
-        Return the events that follow one, of so many bytes at most or a single larger one.
+        Return the events that follow one, of at most `TAKEN_BYTES` or a single larger one.
 
         None: some of them are forgotten, or it is of another log.
         """
@@ -93,7 +93,7 @@ class EventLog:
             first = self.next_id - len(self._events)
             if not first - 1 <= event_id < self.next_id:
                 return None
-            found, left = list[Event](), most_bytes
+            found, left = list[Event](), TAKEN_BYTES
             for event in islice(self._events, event_id + 1 - first, None):
                 left -= len(event.text)
                 if left < 0 and found:
