@@ -17,13 +17,13 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from recollect.errors import UnsupportedModelError
+from recollect.runtime.llama_threads import short_spins
 
 _log = logging.getLogger(__name__)
 
@@ -299,7 +299,7 @@ class LlamaLibrary:
     def __init__(self, found: Found) -> None:
         self.found = found
         try:
-            with _short_spins():
+            with short_spins():
                 self._library = _loaded(found.path)
             for name, (result, arguments) in _FUNCTIONS.items():
                 function = getattr(self._library, name)
@@ -401,15 +401,6 @@ class LlamaLibrary:
         )
 
 
-_SPIN_COUNT: Final = "GOMP_SPINCOUNT"
-_WAIT_POLICY: Final = "OMP_WAIT_POLICY"
-_SPINS: Final = "1000"
-"""
-How often a waiting thread looks whether the others are done before it sleeps: for about 50 us, and not for
-up to 14 ms as by default, in which other work on the same cores holds up all threads. It is what libgomp
-itself takes for `OMP_WAIT_POLICY=active` where there are more threads than cores. Source: LOG.md,
-2026-11-27, and the manual of libgomp, GOMP_SPINCOUNT.
-"""
 _ERROR_LEVEL: Final = 4
 """Of `enum ggml_log_level`; 5 continues the line before."""
 
@@ -417,27 +408,6 @@ _ERROR_LEVEL: Final = 4
 def _first_wrong(params: ctypes.Structure, expected: Mapping[str, Any]) -> str | None:
     """Return the first field that has not the value that it is known to have."""
     return next((name for name, value in expected.items() if getattr(params, name) != value), None)
-
-
-@contextmanager
-def _short_spins() -> Iterator[None]:
-    """
-    Where the machine is busy, let threads of libgomp wait for a short time only, if it is loaded within.
-
-    On a quiet one they wait as llama-server's do: asleep, they made a token take half as long again.
-    libgomp reads the environment once, when it is loaded. Afterwards the variable is taken out again: no
-    process that is started later has it. It does nothing where another library, such as PyTorch, has loaded
-    the same libgomp before; one that comes later waits as llama.cpp does.
-    """
-    is_busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
-    if {_SPIN_COUNT, _WAIT_POLICY} & os.environ.keys() or not is_busy:
-        yield
-        return
-    os.environ[_SPIN_COUNT] = _SPINS
-    try:
-        yield
-    finally:
-        os.environ.pop(_SPIN_COUNT, None)
 
 
 def _loaded(path: Path) -> ctypes.CDLL:

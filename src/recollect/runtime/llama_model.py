@@ -8,7 +8,6 @@ lanes here. Does not know blocks.
 import ctypes
 import logging
 import math
-import os
 import re
 import sys
 import threading
@@ -27,6 +26,7 @@ from recollect.errors import ConfigError, MisuseError, RuntimeFailure, Unsupport
 from recollect.runtime.base import Lanes, Pace, Reuse, RuntimeInfo
 from recollect.runtime.llama_library import KV_TYPES, Device, LlamaLibrary, library
 from recollect.runtime.llama_state import Batches, Layout, Part
+from recollect.runtime.llama_threads import most_threads
 from recollect.types import Profile
 
 _log = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ class LlamaModel:
         params.kv_unified, params.swa_full = False, True
         params.type_k = params.type_v = KV_TYPES[self.kv_type]
         params.flash_attn_type = int(self.flash_attention)
-        params.n_threads = params.n_threads_batch = self.options.threads or _threads()
+        params.n_threads = params.n_threads_batch = self.options.threads or most_threads()
         self._context = self.lib.new_context(self._model, params)
         if self._context is None:
             sequences = "1 sequence" if lanes == 1 else f"{lanes} sequences"
@@ -491,13 +491,6 @@ class LlamaVocabulary:
 _NO_TEXT: Final = (1 << 0) | (1 << 3)  # unknown, control: `enum llama_token_attr`
 _USER_DEFINED: Final = 1 << 4
 _MOST_TEXT: Final = 1 << 30
-
-
-def _threads() -> int:
-    """Return how many threads compute: more than there are cores slow each other down."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    may_use = os.cpu_count() or 1 if affinity is None else len(affinity(0))
-    return max(1, min(may_use, psutil.cpu_count(logical=False) or may_use))
 
 
 def _parts(path: Path) -> list[Path]:

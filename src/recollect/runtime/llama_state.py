@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -131,7 +131,8 @@ class Layout:
             blocks = self.cut(state, range(-(-length // self.block_size)), length)
         except (ValueError, _UnlikeError):
             return False
-        return np.array_equal(self.join(blocks, sequence, length), state)
+        joined = self.join(blocks, range(len(blocks)), sequence, length)
+        return np.array_equal(joined, state)
 
     def with_streams(self, streams: int) -> Self:
         """Return the same of a context with another number of sequences."""
@@ -144,7 +145,7 @@ class Layout:
 
     @property
     def _table_bytes(self) -> int:
-        return sum(width for *_, width in self._places())
+        return sum(place.width for place in self._places())
 
     def text(self) -> str:
         """Return what two arrangements have in common whose blocks can be exchanged."""
@@ -176,16 +177,12 @@ class Layout:
         blocks = np.zeros((count, self.bytes_per_block), np.uint8)
         start, stop = indices[0] * size, min((indices[-1] + 1) * size, length)
         views = list(self._views(state, length))
-        for (cells, rows), (_, inner, at, width) in zip(views, self._places(), strict=True):
-            first = max(start, length - cells)  # of a window only the last ones are there
-            if first >= stop:
-                continue
-            shape = (count, rows.shape[0], size, rows.shape[2])
-            target = _units(blocks[:, at : at + width], inner).reshape(shape).transpose(1, 0, 2, 3)
-            source = rows[:, first - (length - cells) : stop - (length - cells)]
-            whole = np.zeros((rows.shape[0], count * size, rows.shape[2]), rows.dtype)
-            whole[:, first - start : stop - start] = source
-            target[...] = whole.reshape(target.shape)
+        for (cells, rows), place in zip(views, self._places(), strict=True):
+            before = length - cells  # of a window only the last ones are there
+            first = max(start, before)
+            if first < stop:
+                shown = rows[:, (first - before) * place.inner : (stop - before) * place.inner]
+                _put(shown, place.slots(blocks), (first - start) * place.inner)
         if self.recurrent and (length - 1) // size == indices[-1]:
             own = state[-self.recurrent :]
             if int(own[_AT_POSITION].view("<i4")[0]) != length - 1:
@@ -194,17 +191,40 @@ class Layout:
             blocks[-1, -_COUNT_BYTES:] = np.array([(length - 1) % size + 1], "<i4").view(np.uint8)
         return blocks
 
-    def join(self, blocks: Bytes, sequence: int, length: int) -> Bytes:
+    def join(self, memory: Bytes, mine: Sequence[int], sequence: int, length: int) -> Bytes:
         """
         Return the state of a sequence of *length* tokens, made of the bytes of its blocks.
 
+        Each byte is copied twice, the first time within the processor's cache: the state of a long
+        conversation is as large as its KV, and is in the way of its next token.
+
         Args:
-            blocks: `(n, bytes_per_block)`, n = ceil(length / block_size).
+            memory: All blocks, `(blocks, bytes_per_block)`.
+            mine: Which of them are the sequence's, `ceil(length / block_size)`, in order.
             sequence: Its number.
             length: Tokens, >= 1.
         """
-        size, count = self.block_size, len(blocks)
-        parts: list[bytes | memoryview] = [_numbered(self.prefix, sequence)]
+        parts = list(self._parts(memory, mine, sequence, length))
+        sizes = [
+            len(part) if isinstance(part, bytes) else part.outer * part.inner * length
+            for part in parts
+        ]
+        state = np.empty(sum(sizes), np.uint8)
+        at = 0
+        for part, size in zip(parts, sizes, strict=True):
+            room = state[at : at + size]
+            if isinstance(part, bytes):
+                room[:] = np.frombuffer(part, np.uint8)
+            else:
+                _take(part.slots(memory, mine), room.reshape(part.outer, -1))
+            at += size
+        return state
+
+    def _parts(
+        self, memory: Bytes, mine: Sequence[int], sequence: int, length: int
+    ) -> "Iterator[bytes | _Place]":
+        """Yield what a state consists of: bytes, and the places of tables whose rows come there."""
+        yield _numbered(self.prefix, sequence)
         places = self._places()
         for cache in self.caches:
             cells = np.zeros((length, _CELL_BYTES + cache.extra), np.uint8)
@@ -212,36 +232,30 @@ class Layout:
             cells[:, 4] = 1
             cells[:, -4:] = np.frombuffer(struct.pack("<i", sequence), np.uint8)
             if cache.extra:
-                _, _, at, width = next(places)
-                own = blocks[:, at : at + width].reshape(count * size, cache.extra)
-                cells[:, 8:-4] = own[:length]
-            parts.append(struct.pack("<I", self.streams) + bytes(4 * sequence))
-            parts += [struct.pack("<I", length), cells.tobytes(), cache.head]
+                own = next(places).slots(memory, mine)
+                cells[:, 8:-4] = own.reshape(-1, cache.extra)[:length]
+            yield struct.pack("<I", self.streams) + bytes(4 * sequence) + struct.pack("<I", length)
+            yield cells.tobytes() + cache.head
             for table in cache.tables:
-                _, inner, at, width = next(places)
-                units = _units(blocks[:, at : at + width], inner)
-                rows = units.reshape(count, table.outer, size, -1).transpose(1, 0, 2, 3)
-                rows = rows.reshape(table.outer, count * size, -1)[:, :length]
-                parts += [table.head, np.ascontiguousarray(rows).view(np.uint8).data.cast("B")]
-            parts.append(bytes(4 * (self.streams - 1 - sequence)))
+                yield table.head
+                yield next(places)
+            yield bytes(4 * (self.streams - 1 - sequence))
         if self.recurrent:
-            own = blocks[-1, self._table_bytes : -_COUNT_BYTES].copy()
-            own[_AT_POSITION] = np.array([length - 1], "<i4").view(np.uint8)
-            parts.append(own.data)
-        return np.frombuffer(b"".join(parts), np.uint8)
+            last = memory[mine[-1], self._table_bytes : -_COUNT_BYTES].copy()
+            last[_AT_POSITION] = np.array([length - 1], "<i4").view(np.uint8)
+            yield last.tobytes()
 
-    def _places(self) -> Iterator[tuple[int, int, int, int]]:
-        """Yield of each table outer, inner, where it begins in a block, and its length; extras come first."""
+    def _places(self) -> "Iterator[_Place]":
+        """Yield where each table is in a block; the extra bytes of a cache are one, and come first."""
         at = 0
         for cache in self.caches:
             sizes = [(1, cache.extra)] if cache.extra else []
             for outer, inner in [*sizes, *((table.outer, table.inner) for table in cache.tables)]:
-                width = outer * inner * self.block_size
-                yield outer, inner, at, width
-                at += width
+                yield (place := _Place(outer, inner, at, outer * inner * self.block_size))
+                at += place.width
 
-    def _views(self, state: Bytes, length: int) -> Iterator[tuple[int, npt.NDArray[np.generic]]]:
-        """Yield of each table how many cells a state has, and them, `(outer, cells, inner units)`."""
+    def _views(self, state: Bytes, length: int) -> Iterator[tuple[int, Bytes]]:
+        """Yield of each table how many cells a state has, and them, `(outer, cells * inner)`."""
         reader = _Reader(state, len(self.prefix))
         for cache in self.caches:
             if reader.number("<I") != self.streams:
@@ -259,18 +273,32 @@ class Layout:
                 if not np.array_equal(places, np.arange(length - count, length)):
                     raise ValueError("the state's cells are not in order of position")
                 if cache.extra:
-                    extras = np.ascontiguousarray(cells[:, 8:-4])
-                    yield count, _units(extras, cache.extra).reshape(1, count, -1)
+                    yield count, np.ascontiguousarray(cells[:, 8:-4]).reshape(1, -1)
                 reader.expect(cache.head)
                 for table in cache.tables:
                     reader.expect(table.head)
                     rows = reader.take(table.outer * count * table.inner)
-                    units = _units(rows.reshape(-1, table.inner), table.inner)
-                    yield count, units.reshape(table.outer, count, -1)
+                    yield count, rows.reshape(table.outer, -1)
             if not filled:
                 raise ValueError("the state is empty")
         if reader.at != len(state) - self.recurrent:
             raise ValueError("the state is longer than it should be")
+
+
+class _Place(NamedTuple):
+    """Where a block has its part of a table."""
+
+    outer: int
+    inner: int
+    at: int
+    """The first byte."""
+    width: int
+    """Bytes."""
+
+    def slots(self, memory: Bytes, blocks: Sequence[int] | slice = slice(None)) -> Bytes:
+        """Return the part of it that blocks have, `(blocks, outer, bytes of a block)`: of all, a view."""
+        part = memory[blocks, self.at : self.at + self.width]
+        return part.reshape(len(part), self.outer, self.width // self.outer)
 
 
 class _UnlikeError(Exception):
@@ -360,13 +388,28 @@ def _numbered(prefix: bytes, sequence: int) -> bytes:
     return prefix if len(prefix) < 8 else prefix[:4] + struct.pack("<i", sequence)
 
 
-def _units(rows: Bytes, inner: int) -> npt.NDArray[np.generic]:
-    """Return rows of bytes as the largest numbers that *inner* bytes are whole ones of: they copy faster."""
-    kind = next((kind for kind in _NUMBERS if inner % np.dtype(kind).itemsize == 0), np.uint8)
-    return rows.view(kind)
+def _take(slots: Bytes, rows: Bytes) -> None:
+    """Fill the rows of a table `(outer, bytes)` with those of blocks, `(blocks, outer, bytes of a block)`."""
+    step = slots.shape[2]
+    whole = rows.shape[1] // step
+    rows[:, : whole * step].reshape(len(rows), whole, step)[...] = slots[:whole].transpose(1, 0, 2)
+    if rest := rows.shape[1] - whole * step:
+        rows[:, -rest:] = slots[whole, :, :rest]
 
 
-_NUMBERS: Final = (np.uint64, np.uint32, np.uint16)
+def _put(rows: Bytes, slots: Bytes, at: int) -> None:
+    """Write the rows of a table into blocks, shaped as for `_take`, from byte *at* of each row on."""
+    step = slots.shape[2]
+    block, begun = divmod(at, step)
+    if begun:
+        part, rows = rows[:, : step - begun], rows[:, step - begun :]
+        slots[block, :, begun : begun + part.shape[1]] = part
+        block += 1
+    whole, rest = divmod(rows.shape[1], step)
+    in_blocks = rows[:, : whole * step].reshape(len(rows), whole, step)
+    slots[block : block + whole] = in_blocks.transpose(1, 0, 2)
+    if rest:
+        slots[block + whole, :, :rest] = rows[:, -rest:]
 
 
 Part = tuple[int, int, Sequence[int], Logits]

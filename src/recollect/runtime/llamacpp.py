@@ -350,7 +350,7 @@ class LlamaCppRuntime:
         if self.layout.recurrent and self._states[mine[-1]] != marks[-1]:
             raise RuntimeFailure("A row goes on from where no recurrent state was kept.")
         self._make_room(lane, 0, blocks[:0])
-        state = self.layout.join(allocated(self._blocks)[mine], lane.number, len(marks))
+        state = self.layout.join(allocated(self._blocks), mine.tolist(), lane.number, len(marks))
         self.model.set_state(lane.number, state)
         lane.marks = marks.copy()
 
