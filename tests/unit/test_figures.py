@@ -88,6 +88,38 @@ def beside_llama_server(result: Result, what: str) -> list[float]:
     return [ours / theirs, ours, theirs]
 
 
+def of_servers(result: Result, what: str, *, restarted: bool) -> list[float]:
+    """Return the sum of a figure over the traces, or that after a restart: ours, and llama-server's."""
+    return [
+        sum(
+            trace[what]
+            for trace in result["traces"]
+            if trace["server"] == name and (trace["trace"] == "after a restart") is restarted
+        )
+        for name in NAMES
+    ]
+
+
+def beside_others_that_guess(*cases: str) -> Callable[[Result], list[float]]:
+    """Of each case our speed, and the best of the ways of each rival."""
+
+    def found(result: Result) -> list[float]:
+        ways = [
+            [speeds for way, speeds in result["rivals"].items() if way.startswith(rival)]
+            for rival in ("llama-server", "openvino_genai")
+        ]
+        return [
+            speed
+            for case in cases
+            for speed in (
+                result["cases"][case]["guessed_tps"],
+                *(max(one.get(case, 0.0) for one in each) for each in ways),
+            )
+        ]
+
+    return found
+
+
 FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("bench-fast", "second turn"): of_bench(
         lambda found: [found[way]["ttft_s"]["median"] for way in ("reuse_second", "without_second")]
@@ -127,6 +159,9 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("drafts-smollm2-fast", "the same in percent"): lambda result: [
         100 * case["share_of_bound"] for case in result["cases"].values()
     ],
+    ("drafts-smollm2-fast", "tokens per second, ours"): beside_others_that_guess(
+        "edited question", "regenerated answer", "code with a change", "free text"
+    ),
     ("eight-rows-fast", "OpenVINO's products"): lambda result: [
         least_ms(result, "as it is", "4"),
         least_ms(result, "as it is", "8"),
@@ -243,6 +278,16 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         *beside_llama_server(result, "decode_per_second")[1:],
         *beside_llama_server(result, "tokens_per_second")[1:],
     ],
+    ("server-llama-no-draft-fast", "the same five traces"): lambda result: [
+        *of_servers(result, "computed_tokens", restarted=False),
+        *of_servers(result, "ttft_s", restarted=False),
+    ],
+    ("server-llama-no-draft-fast", "after a restart"): lambda result: [
+        of_servers(result, what, restarted=True)[place]
+        for place in (0, 1)
+        for what in ("computed_tokens", "ttft_s")
+    ],
+    ("restart-llama-smollm2-4000-fast", "next turn"): first_tokens("disk", "memory", "cold"),
     ("workloads-llama-fast", "the five traces of"): lambda result: [
         total(result, "computed_tokens"),
         total(result, "prompt_tokens"),
@@ -378,6 +423,14 @@ def test_the_numbers_of_the_readme_are_those_of_the_file() -> None:
     for trace in ("long chat", "regenerate and edit"):
         counts = [tokens(measured(trace, name)[0]) for name in NAMES]
         assert f"({counts[0]} and {counts[1]})" in README
+
+
+def test_what_the_readme_says_of_new_text_is_in_a_file() -> None:
+    (path,) = (ROOT / "benchmarks/results").rglob("*-drafts-smollm2-fast.json")
+    ours, theirs, _ = beside_others_that_guess("free text")(json.loads(path.read_text("utf-8")))
+    assert f"({theirs:.0f} tokens per second, ours {ours:.0f})" in README.replace(
+        "SmolLM2-135M: ", ""
+    )
 
 
 def test_the_machine_of_the_readme_is_that_of_the_file() -> None:
