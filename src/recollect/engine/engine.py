@@ -255,7 +255,7 @@ class Engine:
 
     def _work_once(self) -> bool:
         """Wait for work and run a forward pass; return whether to go on."""
-        with self._work:
+        with self.lock:
             while not self._end_cancelled():
                 if self._closed:
                     return False
@@ -268,7 +268,7 @@ class Engine:
         with self._round:
             if self.tier is not None:
                 self.tier.restore_for(self._scheduler.running)
-            with self._work:
+            with self.lock:
                 chunks, copies = self._room.prepare()
                 tasks = self._scheduler.tasks()
             if [task for task in tasks if task.hand_over()]:
@@ -284,7 +284,7 @@ class Engine:
         for task in self._scheduler.tasks():
             if task.cancelled:
                 self._scheduler.end(task, "cancelled")
-        return bool(self._scheduler.tasks())
+        return bool(self._scheduler.running or self._scheduler.waiting)
 
     def _pass(self, chunks: Chunks, copies: list[tuple[int, int]]) -> None:
         """
@@ -316,10 +316,10 @@ class Engine:
         for task, start in zip(list(chunks), result.starts, strict=False):
             chunks[task] = replace(chunks[task], start=start)
         end = 0
-        with self._work:
+        with self.lock:
             for (task, fed), row in zip(chunks.items(), rows, strict=True):
-                end += row.places
-                logits = result.logits[end - row.places : end] if row.places else None
+                begin, end = end, end + row.places
+                logits = result.logits[begin:end] if end > begin else None
                 task.fed.append(fed)
                 task.sequence.written(fed, logits)
                 self.computed_tokens += fed.end - fed.start

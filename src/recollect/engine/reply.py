@@ -12,7 +12,6 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -64,11 +63,12 @@ class Stream:
         """Give the reader what is new; return whether the first result is among it."""
         if not self._fresh:
             return False
-        with suppress(IndexError):  # another thread has handed over the rest
+        try:
             while self._fresh:
                 self._queue.put(self._fresh.popleft())
-        with suppress(RuntimeError):  # the reader's loop was closed
             self._wake()
+        except (IndexError, RuntimeError):
+            pass  # another thread hands over the rest and wakes, or the reader's loop was closed
         is_first, self._has_begun = not self._has_begun, True
         return is_first
 

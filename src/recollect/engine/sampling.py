@@ -6,6 +6,7 @@ comes from (seed, position) and penalties from the history, so a rewind takes al
 any state to restore. A `Generator` does so for one sequence. Knows no text; `engine/reply.py` does.
 """
 
+import math
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
@@ -100,7 +101,7 @@ def choose_token(
     masked = logits if allowed is None else _masked(logits, allowed)
     scores = _adjusted(masked, params, history, reply_start, bias or Bias.of(params))
     best = int(scores.argmax())
-    if not np.isfinite(scores[best]):
+    if not math.isfinite(scores[best]):
         raise _nothing_to_choose(masked, allowed)
     if params.temperature == 0:
         return best
@@ -143,9 +144,8 @@ def _adjusted(
     logits: Scores, params: SamplingParams, history: TokenArray, reply_start: int, bias: Bias
 ) -> Scores:
     """Return the logits after bias and penalties; the same array where there are none."""
-    reply = history[reply_start:]
     repeats = params.repetition_penalty != 1 and len(history)
-    presents = (params.presence_penalty or params.frequency_penalty) and len(reply)
+    presents = (params.presence_penalty or params.frequency_penalty) and len(history) > reply_start
     if not (len(bias.ids) or repeats or presents):
         return logits
     scores = logits.copy()
@@ -156,6 +156,7 @@ def _adjusted(
         penalty = params.repetition_penalty
         scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
     if presents:
+        reply = history[reply_start:]
         seen = _distinct(reply, len(scores))
         counts = np.bincount(reply, minlength=len(scores))[seen].astype(np.float32)
         scores[seen] -= params.presence_penalty + params.frequency_penalty * counts
@@ -288,7 +289,7 @@ class LogitsDecoder:
             self._engine.compute([ask.sequence])
         logits = ask.sequence.logits
         assert logits is not None, "compute() leaves the logits known"
-        params, token, reply = ask.params, ask.forced, list(ask.reply)
+        params, token = ask.params, ask.forced
         if token is None:
             token = choose_token(
                 logits,
@@ -296,14 +297,14 @@ class LogitsDecoder:
                 history=ask.sequence.history,
                 reply_start=ask.reply_start,
                 seed=ask.seed,
-                allowed=None if ask.grammar is None else ask.grammar.allowed(reply),
+                allowed=None if ask.grammar is None else ask.grammar.allowed(list(ask.reply)),
                 bias=self._bias_of(params),
             )
         if token in self._engine.eos_token_ids and not params.ignore_eos:
             return Drawn(token)
         likelihood = None if params.logprobs is None else _describe(token, logits, params.logprobs)
         # End of sequence would follow: no pass is needed to know.
-        is_last = ask.grammar is not None and ask.grammar.is_finished([*reply, token])
+        is_last = ask.grammar is not None and ask.grammar.is_finished([*ask.reply, token])
         return Drawn(token, likelihood, "stop" if is_last else None)
 
     def _bias_of(self, params: SamplingParams) -> Bias:
@@ -430,10 +431,11 @@ class Generator:
         """
         if self._finish_reason is not None:
             raise MisuseError("the reply has ended: append tokens or rewind first")
-        if len(self._sequence) == self._engine.info.context_length or self._is_long_enough():
+        room = self._room()
+        if room <= 0:
             self._finish_reason = "length"
             return None
-        drawn = self._decoder.next_token(self._ask())
+        drawn = self._decoder.next_token(self._ask(room))
         token = drawn.token_id
         if token is None or (token in self._engine.eos_token_ids and not self._params.ignore_eos):
             self._finish_reason = drawn.finish or "stop"
@@ -497,15 +499,16 @@ class Generator:
         """Give the blocks back."""
         self._sequence.release()
 
-    def _ask(self) -> Ask:
+    def _ask(self, room: int) -> Ask:
+        start = self.reply_start
         watched = self._grammar is not None or self._reasoning is not None
-        reply = self._sequence.tokens(self.reply_start) if watched else []
+        reply = self._sequence.tokens(start) if watched else []
         return Ask(
             sequence=self._sequence,
             params=self._params,
             seed=self._seed,
-            reply_start=self.reply_start,
-            most_tokens=self._room(),
+            reply_start=start,
+            most_tokens=room,
             reply=reply,
             grammar=self._grammar,
             forced=None if self._reasoning is None else self._reasoning.forced(reply),

@@ -144,10 +144,13 @@ class Scheduler:
         the namespace that was fed least, then in order of arrival. A prompt waits while another in the
         pass computes the same tokens, and finds them in the cache afterwards.
         """
-        lacking = [one for one in self.running if not one.restoring and one.sequence.logits is None]
-        plans = {task: task.sequence.plan() for task in lacking}
-        chunks = {task: plan for task, plan in plans.items() if plan.tokens == 1}
-        prompts = [task for task in plans if task not in chunks]
+        chunks: Chunks = {}
+        plans: Chunks = {}  # of prompts
+        for task in self.running:
+            if not task.restoring and task.sequence.logits is None:
+                plan = task.sequence.plan()
+                (chunks if plan.tokens == 1 else plans)[task] = plan
+        prompts = list(plans)
         accounts = {task.namespace: self._turns.account(task.namespace) for task in prompts}
         # At least a block: else the prompt of a runtime with larger ones would wait for ever.
         pace = self.pace

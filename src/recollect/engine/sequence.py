@@ -158,6 +158,8 @@ class Sequence:
         A length at which the next turn is known to leave this history. Where KV cannot be cut, it is kept
         there too, for which a pass ends there. 0: nowhere.
         """
+        self.closed = False
+        """Whether `release` was called."""
         self.moved = False
         """Whether another replica of an engine elsewhere has KV of it that this one lacked."""
         self._token_ids = array("q")
@@ -189,11 +191,6 @@ class Sequence:
         """
         return np.frombuffer(self._token_ids[:], np.int64)
 
-    @property
-    def closed(self) -> bool:
-        """Return whether `release` was called."""
-        return not self._finalizer.alive
-
     def tokens(self, start: int, end: int | None = None) -> list[int]:
         """Return the ids in `[start, end)`."""
         return self._token_ids[start:end].tolist()
@@ -213,7 +210,7 @@ class Sequence:
             ContextFullError: They do not fit the context. Nothing was changed.
         """
         self._require_open()
-        _check_append(token_ids, len(self), self.memory.info)
+        _check_append(token_ids, len(self._token_ids), self.memory.info)
         self._token_ids += array("q", token_ids)  # made first: all of them or none
         self.logits = None
         if self._ahead:
@@ -274,17 +271,19 @@ class Sequence:
         self.park()
         self._id.release()
         self.logits = None
+        self.closed = True
         self._finalizer()
 
     def plan(self) -> FeedPlan:
         """Return what to feed for the logits to be known, or up to a branch point; nothing where they are."""
         self._require_open()
+        length, reuse = len(self._token_ids), self.memory.info.reuse
         if self.logits is not None:
-            return FeedPlan(len(self), len(self))
-        if not len(self):
+            return FeedPlan(length, length)
+        if not length:
             raise MisuseError("an empty sequence has no next token: append something first")
-        plan = plan_feed(len(self), self.computed, self.memory.info.reuse)
-        if self.memory.info.reuse.whole_tails and plan.start < self.branch_point < plan.end:
+        plan = plan_feed(length, self.computed, reuse)
+        if reuse.whole_tails and plan.start < self.branch_point < plan.end:
             return FeedPlan(plan.start, self.branch_point)
         if self.draft and plan.tokens == 1:
             return FeedPlan(plan.start, plan.end + len(self.draft), len(self.draft))
@@ -310,7 +309,7 @@ class Sequence:
             token_ids=[*self.tokens(fed.start, fed.end), *self.draft[: fed.drafted]],
             past=fed.start,
             block_table=self.blocks,
-            wants_logits=fed.end - fed.drafted == len(self),
+            wants_logits=fed.end - fed.drafted == len(self._token_ids),
             sequence=self._id,
             drafted=fed.drafted,
         )
@@ -322,10 +321,12 @@ class Sequence:
 
     def reuse(self) -> int:
         """Take over what the cache has of the history beyond `computed`; return how many tokens."""
+        if self.computed >= len(self._token_ids) - 1:
+            return 0  # the last token is fed in any case
         with self.memory.lock:
             after, size = self.last_full, self.memory.info.block_size
-            if after is None or self.computed >= len(self) - 1:
-                return 0  # the last token is fed in any case
+            if after is None:
+                return 0
             start = len(self.chain) * size
             match = self.memory.cache.match(after, self._token_ids[start:])
             gained = start + match.tokens - self.computed
@@ -362,7 +363,11 @@ class Sequence:
             OutOfBlocksError: There are not enough; nothing was changed.
         """
         keep, size = self.kept_blocks(start), self.memory.info.block_size
-        new = self.memory.pool.allocate(self.blocks_to_allocate(start, end))
+        needed = blocks_for(end, size)
+        if needed == keep == len(self.blocks):  # as for most tokens of a reply
+            self.computed = start
+            return []
+        new = self.memory.pool.allocate(needed - keep)
         replaced = self.blocks[keep:]
         self.blocks[keep:] = new
         self.memory.pool.release(replaced)

@@ -57,7 +57,7 @@ class Speed:
 
     def computed(self, rows: Collection[Row], seconds: float) -> None:
         """Take note of what a pass took."""
-        tokens = sum(len(row.token_ids) for row in rows)
+        tokens = sum([len(row.token_ids) for row in rows])
         if tokens >= _TIMED_TOKENS:
             self._s_per_token = running_average(self._s_per_token, seconds / tokens)
 

@@ -361,8 +361,8 @@ class OpenVinoRuntime:
             fed = alike(rows, self._num_blocks) if self._info.alike else rows
             for name, value in _inputs(fed).items():
                 self._set_input(name, value)
-            logits = self._request.infer(share_outputs=True)[0]
-        wanted = sum(row.places for row in rows)
+            (logits,) = self._request.infer(share_outputs=True).values()
+        wanted = sum([row.places for row in rows])
         rows_wanted = logits.reshape(-1, self._info.vocab_size)[:wanted]
         return PassResult(rows_wanted.astype(np.float32))  # a copy: the next pass writes there
 
@@ -539,9 +539,10 @@ def alike(rows: Sequence[Row], spare: int) -> Sequence[Row]:
     Each token becomes a row: attention has a kernel for rows of one token. A pass over one token gets
     another beside it, in the block *spare*, which nobody reads. Passes over more, or with a prompt, stay.
     """
-    if sum(len(row.token_ids) for row in rows) > ALIKE or any(
-        len(row.token_ids) - row.drafted > 1 for row in rows
-    ):
+    lengths = [len(row.token_ids) for row in rows]
+    if max(lengths) == 1 < len(rows):
+        return rows  # as they are in most passes
+    if sum(lengths) > ALIKE or any(len(row.token_ids) - row.drafted > 1 for row in rows):
         return rows
     single = [
         replace(row, token_ids=[token], past=row.past + number, drafted=0)
@@ -553,26 +554,29 @@ def alike(rows: Sequence[Row], spare: int) -> Sequence[Row]:
 
 def _inputs(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """Return the paged graph's inputs for these rows."""
-    lengths = [len(row.token_ids) for row in rows]
-    ends = [row.past + length for row, length in zip(rows, lengths, strict=True)]
-    used = [-(-end // BLOCK_SIZE) for end in ends]
-    begins = np.cumsum([0, *lengths])
-    places = np.concatenate(
-        [np.arange(end - row.places, end) for row, end in zip(rows, begins[1:], strict=True)]
-    )
-    if not len(places):  # the graph takes no empty list; what it then computes is not asked for
-        places = begins[1:2] - 1
+    # Lists, of which numpy makes one array each: in a decode step an array has a number for each row.
+    token_ids: list[int] = []
+    positions: list[int] = []
+    places: list[int] = []
+    blocks: list[int] = []
+    begins, block_begins, longest = [0], [0], 0
+    for row in rows:
+        end = row.past + len(row.token_ids)
+        token_ids += row.token_ids
+        positions += range(row.past, end)
+        begins.append(len(token_ids))
+        places += range(begins[-1] - row.places, begins[-1])
+        blocks += row.block_table[: -(-end // BLOCK_SIZE)]
+        block_begins.append(len(blocks))
+        longest = max(longest, end)
     return {
-        "input_ids": np.concatenate([np.asarray(row.token_ids, np.int64) for row in rows]),
-        "position_ids": np.concatenate(
-            [np.arange(row.past, end, dtype=np.int64) for row, end in zip(rows, ends, strict=True)]
-        ),
+        "input_ids": np.array(token_ids, np.int64),
+        "position_ids": np.array(positions, np.int64),
         "past_lens": np.array([row.past for row in rows], np.int32),
-        "subsequence_begins": begins.astype(np.int32),
-        "block_indices": np.concatenate(
-            [np.asarray(row.block_table[:n], np.int32) for row, n in zip(rows, used, strict=True)]
-        ),
-        "block_indices_begins": np.cumsum([0, *used]).astype(np.int32),
-        "max_context_len": np.array(max(ends), np.int32),
-        LOGITS_ROWS: places.astype(np.int64),
+        "subsequence_begins": np.array(begins, np.int32),
+        "block_indices": np.array(blocks, np.int32),
+        "block_indices_begins": np.array(block_begins, np.int32),
+        "max_context_len": np.array(longest, np.int32),
+        # The graph takes no empty list; what it then computes is not asked for.
+        LOGITS_ROWS: np.array(places or [begins[1] - 1], np.int64),
     }
