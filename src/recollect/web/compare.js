@@ -2,7 +2,7 @@
 
 import { useEffect, useMemo, useState } from "preact/hooks";
 import * as state from "./state.js";
-import * as actions from "./actions.js";
+import { select } from "./loading.js";
 import { differences } from "./differences.js";
 import { pathTo } from "./tree.js";
 import { firstWords, speaker } from "./tree_view.js";
@@ -125,7 +125,7 @@ export function Compare() {
     <footer class="sides heads">
       ${[one, two].map(
         (id, side) => html`<button type="button" key=${side} disabled=${id === null} onClick=${() => {
-          actions.select(id);
+          select(id);
           state.panel.value = "";
         }}>Go on with this one</button>`,
       )}

@@ -7,6 +7,7 @@ import { batch, signal } from "@preact/signals";
 import { useState } from "preact/hooks";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
+import { select } from "./loading.js";
 import { Markdown } from "./markdown.js";
 import { Reading } from "./message.js";
 import { firstWords } from "./tree_view.js";
@@ -93,7 +94,7 @@ function keep(name) {
   const tried = trialHere()?.ways ?? [];
   const others = tried.filter((one) => one.name !== name).map((one) => tree.tips[one.name]);
   batch(() => {
-    actions.select(tree.tips[name] ?? null);
+    select(tree.tips[name] ?? null);
     state.branch.value = name;
     state.folded.value = new Set([...state.folded.value, ...others.filter((id) => id !== null && id !== undefined)]);
     state.panel.value = "";

@@ -3,6 +3,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
+import { select } from "./loading.js";
 import { Growing, Message } from "./message.js";
 import { branchesAt, checkpointsAt, newestBelow } from "./tree.js";
 import { firstWords } from "./tree_view.js";
@@ -22,7 +23,7 @@ function Continuations() {
     <p>${next.length === 1 ? "It goes on:" : `It goes on in ${next.length} ways:`}</p>
     ${next.slice(0, 12).map((id) => {
       const child = /** @type {import("./types").TreeNode} */ (tree.nodes.get(id));
-      return html`<button type="button" key=${id} onClick=${() => actions.select(newestBelow(tree, id))}>
+      return html`<button type="button" key=${id} onClick=${() => select(newestBelow(tree, id))}>
         <${Icon} name="go" /> ${firstWords(child).slice(0, 70) || "…"}
       </button>`;
     })}

@@ -1,7 +1,7 @@
 /**
  * What the page knows, as signals: a component that reads one is drawn again when it changes.
  *
- * Nothing here asks the server; `actions.js` and `live.js` do, and write here.
+ * Nothing here asks the server; `loading.js`, `actions.js` and `live.js` do, and write here.
  */
 
 import { batch, computed, signal } from "@preact/signals";

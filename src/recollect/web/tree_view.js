@@ -10,7 +10,7 @@ import { select as selectElement } from "d3-selection";
 import { zoom, zoomIdentity } from "d3-zoom";
 import { glide } from "./motion.js";
 import * as state from "./state.js";
-import { select } from "./actions.js";
+import { select } from "./loading.js";
 import { CARD, DOTS_BELOW, branchesAt, checkpointsAt, extent, layout, lines, newestBelow, seen, siblings } from "./tree.js";
 import { IconButton, goingText, duration, html, count } from "./widgets.js";
 
