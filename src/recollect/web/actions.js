@@ -257,7 +257,7 @@ async function keeping(text, action) {
   try {
     await action();
   } catch (error) {
-    if (times() <= before && !state.draft.value) state.draft.value = text;
+    if (times() <= before) state.draft.value = [text, state.draft.value].filter(Boolean).join("\n\n");
     throw error;
   }
 }
@@ -449,6 +449,7 @@ export async function importFile(file) {
   } catch {
     throw new Error(`${file.name} is no exported conversation: it is not JSON.`);
   }
+  if (content?.format === undefined) throw new Error(`${file.name} is no exported conversation.`);
   const made = await call("POST", "/v1/conversations/import", { file: content });
   await readConversations();
   await open(made.id);

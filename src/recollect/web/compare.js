@@ -3,7 +3,7 @@
 import { useEffect, useMemo, useState } from "preact/hooks";
 import * as state from "./state.js";
 import { select } from "./loading.js";
-import { differences } from "./differences.js";
+import { differences, sideOf } from "./differences.js";
 import { pathTo } from "./tree.js";
 import { firstWords, speaker } from "./tree_view.js";
 import { IconButton, count, counted, html } from "./widgets.js";
@@ -81,8 +81,8 @@ function Row({ left, right }) {
     ]);
   }, [left?.text, right?.text, left?.role, right?.role]);
   return html`<div class="sides">
-    <${Side} node=${left} runs=${runs.filter((run) => run.kind !== "more")} />
-    <${Side} node=${right} runs=${runs.filter((run) => run.kind !== "less")} />
+    <${Side} node=${left} runs=${sideOf(runs, "less")} />
+    <${Side} node=${right} runs=${sideOf(runs, "more")} />
   </div>`;
 }
 

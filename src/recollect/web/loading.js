@@ -161,6 +161,7 @@ const both = (one, two) => Object.fromEntries([...Object.entries(one), ...Object
  */
 export async function open(id, item) {
   const mine = { last: Promise.resolve(), next: null, item };
+  const before = state.current.value;
   reads = mine;
   batch(() => {
     state.current.value = id;
@@ -168,12 +169,13 @@ export async function open(id, item) {
     state.tree.value = EMPTY;
     state.selected.value = null;
     state.branch.value = "main";
-    state.folded.value = new Set();
+    state.folded.value = state.aside.value = new Set();
     state.editing.value = null;
     state.panel.value = "";
     state.compared.value = [null, null];
   });
-  if (location.hash.slice(1) !== id) history.replaceState(null, "", `#${id}`);
+  // The browser's Back leads to the conversation that was open before.
+  if (location.hash.slice(1) !== id) history[before === null ? "replaceState" : "pushState"](null, "", `#${id}`);
   try {
     await readTreeAgain();
   } catch (error) {
@@ -183,13 +185,26 @@ export async function open(id, item) {
   await readApart();
 }
 
-/** @param {string | null} id */
+/**
+ * Go to a message; what is folded on the way there is unfolded, so that one sees it.
+ *
+ * @param {string | null} id
+ */
 export function select(id) {
   batch(() => {
     state.selected.value = id;
+    const way = state.path.value.map((node) => node.id);
+    state.aside.value = without(state.aside.value, way);
+    state.folded.value = without(state.folded.value, way.slice(0, -1));
     state.editing.value = null;
     if (state.goingBranch.value !== null) state.branch.value = state.goingBranch.value;
   });
+}
+
+/** @param {Set<string>} all @param {string[]} some @returns {Set<string>} The same set where none of them is in it. */
+function without(all, some) {
+  const gone = new Set(some.filter((one) => all.has(one)));
+  return gone.size ? new Set([...all].filter((one) => !gone.has(one))) : all;
 }
 
 /**

@@ -90,7 +90,6 @@ function Editor({ node }) {
 function Tools({ node, isLast }) {
   const isReply = node.role === "assistant";
   return html`<div class="message-tools">
-    <${Pager} node=${node} />
     <${IconButton} icon="copy" label="Copy" onClick=${() => copyText(node.text).catch(state.tell)} />
     ${node.role === "user" &&
     html`<${IconButton} icon="edit" label="Edit the question" onClick=${() => (state.editing.value = node.id)} />`}
@@ -98,6 +97,7 @@ function Tools({ node, isLast }) {
     html`<${IconButton} icon="again" label="Another reply" onClick=${() => actions.once(`again ${node.id}`, () => actions.regenerate(node))} />`}
     ${!isLast && html`<${IconButton} icon="fork" label="Go on from here" onClick=${() => select(node.id)} />`}
     <${IconButton} icon="trash" label="Take out of this branch" onClick=${() => actions.once(`take out ${node.id}`, () => actions.deleteItem(node))} />
+    <${Pager} node=${node} />
   </div>`;
 }
 

@@ -72,10 +72,10 @@ function Where() {
     )}
     ${branches.length > MOST_NAMES && html`<span class="hint">and ${count(branches.length - MOST_NAMES)} more</span>`}
     <span class="grow"></span>
-    <${IconButton} icon="fork" label="Begin a branch here" onClick=${() => setAsks("fork")} />
-    <${IconButton} icon="flag" label="Make a checkpoint here" onClick=${() => setAsks("checkpoint")} />
+    <${IconButton} icon="fork" label="Begin a branch here" text="Branch" onClick=${() => setAsks("fork")} />
+    <${IconButton} icon="flag" label="Make a checkpoint here" text="Checkpoint" onClick=${() => setAsks("checkpoint")} />
     ${branches.length === 0 &&
-    html`<${IconButton} icon="rewind" label=${`Rewind ${state.branch.value} to here`} onClick=${() => actions.once("rewind", actions.rewind)} />`}
+    html`<${IconButton} icon="rewind" label=${`Rewind ${state.branch.value} to here`} text="Rewind" onClick=${() => actions.once("rewind", actions.rewind)} />`}
     ${asks === "fork" &&
     html`<${Prompt} title="A branch from here" label="Its name" value=${actions.nameFor("idea")} action="Fork" pattern=${NAME_PATTERN} hint=${NAME_HINT} onClose=${() => setAsks("")} onDone=${(/** @type {string} */ name) => done(() => actions.fork(name))} />`}
     ${asks === "checkpoint" &&
@@ -172,7 +172,10 @@ function Welcome() {
       computed once.
     </p>
     ${examples.map(
-      (text) => html`<button type="button" key=${text} onClick=${() => (state.draft.value = text)}>${text}</button>`,
+      (text) => html`<button type="button" key=${text} onClick=${() => {
+        state.draft.value = text;
+        document.getElementById("question")?.focus();
+      }}>${text}</button>`,
     )}
   </div>`;
 }

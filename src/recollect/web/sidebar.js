@@ -50,7 +50,7 @@ export function Sidebar() {
     </div>
     <label class="search">
       <${Icon} name="search" />
-      <input type="search" placeholder="Search what was said" aria-label="Search what was said" value=${query} onInput=${(/** @type {any} */ event) => setQuery(event.target.value)} />
+      <input type="search" placeholder="Search" aria-label="Search what was said" value=${query} onInput=${(/** @type {any} */ event) => setQuery(event.target.value)} />
     </label>
     ${hits ? html`<${Hits} hits=${hits} />` : html`<${List} />`}
   </aside>`;
