@@ -147,6 +147,7 @@ def test_words_that_one_has_typed_since_stand_beside_those_that_were_not_asked(
     happens(page, lambda: waiting)
     field.fill("And then")
     waiting.pop().abort()
+    page.locator(".notice.error", has_text="cannot be reached").wait_for()  # no reply had begun
     until(page, "document.getElementById('question').value === 'Not asked\\n\\nAnd then'")
 
 
