@@ -130,7 +130,7 @@ class Server:
         self._process.stderr.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Return what starts a server with a home of its own; `packages`: a folder that comes before others."""
     prepare("smollm2", home=config.home())
@@ -146,13 +146,13 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         yield start
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(start_server: Callable[..., Server]) -> Server:
     """Return a server without keys, whose replies take a while: guesses would bring some at once."""
     return start_server("--no-draft")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def quick(start_server: Callable[..., Server]) -> Server:
     """Return a server whose model takes no time, for what does not depend on what is said."""
     return start_server(model="reference")

@@ -134,6 +134,23 @@ def test_what_was_asked_when_the_connection_was_lost_is_not_asked_twice(
     until(page, "document.getElementById('question').value === 'An edit'")
 
 
+def test_words_that_one_has_typed_since_stand_beside_those_that_were_not_asked(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    page = windows(f"{quick.url}#{counting(quick.url)}")
+    page.locator(".message.assistant .markdown").wait_for()
+    waiting: list[Any] = []
+    page.route("**/v1/responses", lambda route: waiting.append(route))  # noqa: PLW0108 - Playwright marks what it calls, which a method refuses
+    field = page.get_by_label("Question", exact=True)
+    field.fill("Not asked")
+    field.press("Enter")
+    happens(page, lambda: waiting)
+    field.fill("And then")
+    waiting.pop().abort()
+    page.locator(".notice.error", has_text="cannot be reached").wait_for()  # no reply had begun
+    until(page, "document.getElementById('question').value === 'Not asked\\n\\nAnd then'")
+
+
 @pytest.mark.parametrize(
     "what", ["Rewind", "Make a checkpoint", "Begin a branch", "Take out", "Export"]
 )
@@ -185,22 +202,6 @@ def test_a_page_that_is_there_before_its_server_answers_comes_to_life(
     page.locator(".live.on").wait_for()
     page.locator(".message.assistant").wait_for()
     assert page.locator(".entry").count() > 0
-
-
-def test_a_key_that_no_header_can_carry_is_wrong(
-    start_server: Callable[..., Any], windows: Callable[..., Any]
-) -> None:
-    keyed = start_server("--api-key", "rk-right", model="reference")
-    page = windows(keyed.url)
-    page.get_by_label("Key").fill("ключ")
-    page.get_by_role("button", name="Go on").click()
-    page.get_by_text("does not take that key").wait_for()
-    page.reload()
-    page.get_by_text("does not take that key").wait_for()
-    page.get_by_label("Key").fill("rk-right")
-    page.get_by_role("button", name="Go on").click()
-    page.locator(".live.on").wait_for()
-    keyed.stop()
 
 
 def test_what_two_windows_do_at_one_place_harms_neither(

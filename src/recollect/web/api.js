@@ -8,6 +8,7 @@ import { signal } from "@preact/signals";
 import { fetchEventSource } from "@microsoft/fetch-event-source";
 
 const KEY = "recollect-key";
+const UNREACHED = "The server cannot be reached: see whether it still runs.";
 /** What a header can carry; a browser sends no request with anything else. */
 const CARRIED = /^[\x20-\x7e]*$/;
 
@@ -66,7 +67,7 @@ export async function call(method, path, body) {
   try {
     answer = await fetch(path, { method, headers: headers(), body: text });
   } catch {
-    throw new ApiError("The server cannot be reached: see whether it still runs.", 0);
+    throw new ApiError(UNREACHED, 0);
   }
   if (!answer.ok) throw await refusal(answer);
   return answer.json();
@@ -81,6 +82,7 @@ export async function call(method, path, body) {
  * @param {AbortSignal} stop
  */
 export async function stream(path, body, onEvent, stop) {
+  let isOpen = false;
   await fetchEventSource(path, {
     method: "POST",
     headers: headers(),
@@ -89,6 +91,7 @@ export async function stream(path, body, onEvent, stop) {
     openWhenHidden: true,
     async onopen(answer) {
       if (!answer.ok) throw await refusal(answer);
+      isOpen = true;
     },
     onmessage(message) {
       if (message.data && message.data !== "[DONE]") onEvent(JSON.parse(message.data));
@@ -97,7 +100,7 @@ export async function stream(path, body, onEvent, stop) {
       // Thrown, so that a reply is not asked for a second time.
       throw error instanceof ApiError
         ? error
-        : new ApiError("The connection was lost during the reply.", 0);
+        : new ApiError(isOpen ? "The connection was lost during the reply." : UNREACHED, 0);
     },
   });
 }

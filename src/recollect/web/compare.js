@@ -2,8 +2,8 @@
 
 import { useEffect, useMemo, useState } from "preact/hooks";
 import * as state from "./state.js";
-import * as actions from "./actions.js";
-import { differences } from "./differences.js";
+import { select } from "./loading.js";
+import { differences, sideOf } from "./differences.js";
 import { pathTo } from "./tree.js";
 import { firstWords, speaker } from "./tree_view.js";
 import { IconButton, count, counted, html } from "./widgets.js";
@@ -81,8 +81,8 @@ function Row({ left, right }) {
     ]);
   }, [left?.text, right?.text, left?.role, right?.role]);
   return html`<div class="sides">
-    <${Side} node=${left} runs=${runs.filter((run) => run.kind !== "more")} />
-    <${Side} node=${right} runs=${runs.filter((run) => run.kind !== "less")} />
+    <${Side} node=${left} runs=${sideOf(runs, "less")} />
+    <${Side} node=${right} runs=${sideOf(runs, "more")} />
   </div>`;
 }
 
@@ -125,7 +125,7 @@ export function Compare() {
     <footer class="sides heads">
       ${[one, two].map(
         (id, side) => html`<button type="button" key=${side} disabled=${id === null} onClick=${() => {
-          actions.select(id);
+          select(id);
           state.panel.value = "";
         }}>Go on with this one</button>`,
       )}

@@ -77,6 +77,20 @@ function back(trace, a, b) {
 }
 
 /**
+ * One side of a difference; space between two words that differ is marked with them, as one reads it.
+ *
+ * @param {Run[]} runs
+ * @param {"less" | "more"} kind What only this side has.
+ * @returns {Run[]}
+ */
+export function sideOf(runs, kind) {
+  const own = runs.filter((run) => run.kind === "same" || run.kind === kind);
+  /** @type {(run: Run, at: number) => boolean} */
+  const isBetween = (run, at) => !run.text.trim() && own[at - 1]?.kind === kind && own[at + 1]?.kind === kind;
+  return joined(own.map((run, at) => [isBetween(run, at) ? kind : run.kind, run.text]));
+}
+
+/**
  * @param {[Run["kind"], string][]} steps
  * @returns {Run[]}
  */

@@ -7,12 +7,16 @@ import { batch, signal } from "@preact/signals";
 import { useState } from "preact/hooks";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
+import { select } from "./loading.js";
 import { Markdown } from "./markdown.js";
 import { Reading } from "./message.js";
+import { pathTo } from "./tree.js";
 import { firstWords } from "./tree_view.js";
 import { GoingLine, Icon, IconButton, ReuseBar, html } from "./widgets.js";
 
 const MOST_WAYS = 8;
+/** Temperatures from 0 to 2, with commas; the browser says where they are none. */
+const HEATS = "[,;\\s]*(?:(?:[01]?\\.[0-9]+|[01]\\.?|2(?:\\.0*)?)(?:[,;\\s]+|$))*";
 
 /**
  * @typedef {{name: string, prompt?: string, temperature?: number, seed?: number}} Way
@@ -91,11 +95,17 @@ async function begin(ways, isAlike) {
 function keep(name) {
   const tree = state.tree.value;
   const tried = trialHere()?.ways ?? [];
-  const others = tried.filter((one) => one.name !== name).map((one) => tree.tips[one.name]);
+  const others = tried.filter((one) => one.name !== name).map((one) => pathTo(tree, tree.tips[one.name] ?? null));
   batch(() => {
-    actions.select(tree.tips[name] ?? null);
+    select(tree.tips[name] ?? null);
     state.branch.value = name;
-    state.folded.value = new Set([...state.folded.value, ...others.filter((id) => id !== null && id !== undefined)]);
+    const kept = new Set(state.path.value);
+    for (const way of others) {
+      const first = way.find((node) => !kept.has(node));
+      // One with which the conversation begins stays: above it there is nothing that one could unfold.
+      const hidden = first?.parent === null ? state.folded : state.aside;
+      if (first) hidden.value = new Set([...hidden.value, first.id]);
+    }
     state.panel.value = "";
   });
   // The names of the others are given up; what they said stays in the tree.
@@ -150,7 +160,11 @@ export function Explore() {
   /** @param {Event} event */
   function submit(event) {
     event.preventDefault();
-    const lines = text.split("\n").filter((line) => line.trim()).slice(0, MOST_WAYS);
+    const lines = text.split("\n").filter((line) => line.trim());
+    if (kind === "questions" && lines.length > MOST_WAYS) {
+      state.tell(`At most ${MOST_WAYS} questions are tried at once, and these are ${lines.length}.`);
+      return;
+    }
     const number = Math.max(2, Math.min(MOST_WAYS, Number(ways) || 4));
     const heats = heat.split(/[,;\s]+/).filter(Boolean).map(Number);
     const begins = crypto.getRandomValues(new Uint16Array(1))[0];
@@ -193,7 +207,7 @@ export function Explore() {
       ></textarea>
       <div class="row">
         ${kind === "replies" && html`<label class="short">Ways <input type="number" min="2" max=${MOST_WAYS} value=${ways} onInput=${(/** @type {any} */ event) => setWays(event.target.value)} /></label>`}
-        <label class="short">Temperatures <input value=${heat} pattern="[0-9.,; ]*" title="Numbers from 0 to 2, with commas" onInput=${(/** @type {any} */ event) => setHeat(event.target.value)} /></label>
+        <label class="short">Temperatures <input value=${heat} pattern=${HEATS} title="Numbers from 0 to 2, with commas" onInput=${(/** @type {any} */ event) => setHeat(event.target.value)} /></label>
         <span class="grow"></span>
         ${trial && isUnderWay(trial)
           ? html`<button type="button" onClick=${(/** @type {MouseEvent} */ event) => {
@@ -214,6 +228,7 @@ export function Explore() {
       </div>
       <${GoingLine} going=${node?.goingOn ?? null} label="Each goes on here:" />
     </form>
+    ${!trial && html`<p class="shared">Each way becomes a branch. What they share is computed once.</p>`}
     <div class="ways">
       ${trial?.ways.map(
         (one, number) =>

@@ -6,7 +6,8 @@
 
 import { listen } from "./api.js";
 import * as state from "./state.js";
-import { attempt, follow, forgetConversation, readConversations, readMs, readTreeAgain } from "./actions.js";
+import { attempt } from "./actions.js";
+import { follow, forgetConversation, readConversations, readMs, readTreeAgain } from "./loading.js";
 
 /** Milliseconds in which events are gathered before what changed is read. */
 const GATHER = 200;

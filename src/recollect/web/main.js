@@ -5,6 +5,7 @@ import { useEffect, useState } from "preact/hooks";
 import { effect } from "@preact/signals";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
+import { open, readConversations, readModels } from "./loading.js";
 import { needsKey } from "./api.js";
 import { Compare } from "./compare.js";
 import { Explore } from "./explore.js";
@@ -33,14 +34,14 @@ async function start() {
   started = "now";
   await actions.attempt(async () => {
     try {
-      await actions.readConversations();
-      await actions.readModels();
+      await readConversations();
+      await readModels();
     } finally {
       live();
     }
     const named = location.hash.slice(1);
     const first = named || state.conversations.value[0]?.id;
-    if (first) await actions.open(first);
+    if (first) await open(first);
     started = "done";
   });
   if (started === "now") started = "";
@@ -192,7 +193,7 @@ addEventListener("keydown", (event) => {
 });
 addEventListener("hashchange", () => {
   const id = location.hash.slice(1);
-  if (id && id !== state.current.value) void actions.attempt(() => actions.open(id));
+  if (id && id !== state.current.value) void actions.attempt(() => open(id));
 });
 
 render(html`<${App} />`, /** @type {HTMLElement} */ (document.getElementById("app")));

@@ -2,7 +2,8 @@
 
 import { useEffect, useState } from "preact/hooks";
 import * as state from "./state.js";
-import { attempt, open } from "./actions.js";
+import { attempt } from "./actions.js";
+import { open } from "./loading.js";
 import { call } from "./api.js";
 import { Bar, IconButton, count, counted, duration, html, size } from "./widgets.js";
 

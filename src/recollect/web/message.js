@@ -3,6 +3,7 @@
 import { useState } from "preact/hooks";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
+import { select } from "./loading.js";
 import { Markdown } from "./markdown.js";
 import { memo } from "./memo.js";
 import { newestBelow, siblings } from "./tree.js";
@@ -51,7 +52,7 @@ function Pager({ node }) {
   if (all.length < 2) return null;
   const number = all.indexOf(node.id);
   /** @param {number} to */
-  const go = (to) => actions.select(newestBelow(state.tree.value, all[to]));
+  const go = (to) => select(newestBelow(state.tree.value, all[to]));
   return html`<span class="pager">
     <${IconButton} icon="left" label="The one before" disabled=${number === 0} onClick=${() => go(number - 1)} />
     <span>${number + 1} of ${all.length}</span>
@@ -89,14 +90,14 @@ function Editor({ node }) {
 function Tools({ node, isLast }) {
   const isReply = node.role === "assistant";
   return html`<div class="message-tools">
-    <${Pager} node=${node} />
     <${IconButton} icon="copy" label="Copy" onClick=${() => copyText(node.text).catch(state.tell)} />
     ${node.role === "user" &&
     html`<${IconButton} icon="edit" label="Edit the question" onClick=${() => (state.editing.value = node.id)} />`}
     ${isReply &&
     html`<${IconButton} icon="again" label="Another reply" onClick=${() => actions.once(`again ${node.id}`, () => actions.regenerate(node))} />`}
-    ${!isLast && html`<${IconButton} icon="fork" label="Go on from here" onClick=${() => actions.select(node.id)} />`}
+    ${!isLast && html`<${IconButton} icon="fork" label="Go on from here" onClick=${() => select(node.id)} />`}
     <${IconButton} icon="trash" label="Take out of this branch" onClick=${() => actions.once(`take out ${node.id}`, () => actions.deleteItem(node))} />
+    <${Pager} node=${node} />
   </div>`;
 }
 

@@ -3,6 +3,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
+import { select } from "./loading.js";
 import { Growing, Message } from "./message.js";
 import { branchesAt, checkpointsAt, newestBelow } from "./tree.js";
 import { firstWords } from "./tree_view.js";
@@ -22,7 +23,7 @@ function Continuations() {
     <p>${next.length === 1 ? "It goes on:" : `It goes on in ${next.length} ways:`}</p>
     ${next.slice(0, 12).map((id) => {
       const child = /** @type {import("./types").TreeNode} */ (tree.nodes.get(id));
-      return html`<button type="button" key=${id} onClick=${() => actions.select(newestBelow(tree, id))}>
+      return html`<button type="button" key=${id} onClick=${() => select(newestBelow(tree, id))}>
         <${Icon} name="go" /> ${firstWords(child).slice(0, 70) || "…"}
       </button>`;
     })}
@@ -71,10 +72,10 @@ function Where() {
     )}
     ${branches.length > MOST_NAMES && html`<span class="hint">and ${count(branches.length - MOST_NAMES)} more</span>`}
     <span class="grow"></span>
-    <${IconButton} icon="fork" label="Begin a branch here" onClick=${() => setAsks("fork")} />
-    <${IconButton} icon="flag" label="Make a checkpoint here" onClick=${() => setAsks("checkpoint")} />
+    <${IconButton} icon="fork" label="Begin a branch here" text="Branch" onClick=${() => setAsks("fork")} />
+    <${IconButton} icon="flag" label="Make a checkpoint here" text="Checkpoint" onClick=${() => setAsks("checkpoint")} />
     ${branches.length === 0 &&
-    html`<${IconButton} icon="rewind" label=${`Rewind ${state.branch.value} to here`} onClick=${() => actions.once("rewind", actions.rewind)} />`}
+    html`<${IconButton} icon="rewind" label=${`Rewind ${state.branch.value} to here`} text="Rewind" onClick=${() => actions.once("rewind", actions.rewind)} />`}
     ${asks === "fork" &&
     html`<${Prompt} title="A branch from here" label="Its name" value=${actions.nameFor("idea")} action="Fork" pattern=${NAME_PATTERN} hint=${NAME_HINT} onClose=${() => setAsks("")} onDone=${(/** @type {string} */ name) => done(() => actions.fork(name))} />`}
     ${asks === "checkpoint" &&
@@ -171,7 +172,10 @@ function Welcome() {
       computed once.
     </p>
     ${examples.map(
-      (text) => html`<button type="button" key=${text} onClick=${() => (state.draft.value = text)}>${text}</button>`,
+      (text) => html`<button type="button" key=${text} onClick=${() => {
+        state.draft.value = text;
+        document.getElementById("question")?.focus();
+      }}>${text}</button>`,
     )}
   </div>`;
 }

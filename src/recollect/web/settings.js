@@ -9,9 +9,9 @@ import { Dialog, html } from "./widgets.js";
 
 /** @type {[keyof Settings, string, string, string, string][]} Name, label, most, step, hint. */
 const NUMBERS = [
-  ["temperature", "Temperature", "2", "0.1", "as the model's makers recommend"],
+  ["temperature", "Temperature", "2", "0.1", "model's own"],
   ["top_p", "Top p", "1", "0.05", "1"],
-  ["max_output_tokens", "Most tokens", "100000", "1", "as the server has it"],
+  ["max_output_tokens", "Most tokens", "100000", "1", "server's own"],
   ["seed", "Seed", "9007199254740991", "1", "drawn each time"],
 ];
 

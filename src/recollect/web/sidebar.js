@@ -3,6 +3,7 @@
 import { useEffect, useState } from "preact/hooks";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
+import { open, readOlderConversations, search } from "./loading.js";
 import { Icon, IconButton, html } from "./widgets.js";
 
 /** How long one has stopped typing before a search is made, in milliseconds. */
@@ -20,7 +21,7 @@ function when(seconds) {
 /** @param {string} id @param {string} [item] */
 function go(id, item) {
   state.shown.value = "path";
-  void actions.attempt(() => actions.open(id, item));
+  void actions.attempt(() => open(id, item));
 }
 
 export function Sidebar() {
@@ -30,7 +31,7 @@ export function Sidebar() {
     if (!query.trim()) return setHits(null);
     let isAsked = true;
     const timer = setTimeout(async () => {
-      const found = (await actions.attempt(() => actions.search(query))) ?? [];
+      const found = (await actions.attempt(() => search(query))) ?? [];
       if (isAsked) setHits(found);
     }, PAUSE);
     return () => {
@@ -49,7 +50,7 @@ export function Sidebar() {
     </div>
     <label class="search">
       <${Icon} name="search" />
-      <input type="search" placeholder="Search what was said" aria-label="Search what was said" value=${query} onInput=${(/** @type {any} */ event) => setQuery(event.target.value)} />
+      <input type="search" placeholder="Search" aria-label="Search what was said" value=${query} onInput=${(/** @type {any} */ event) => setQuery(event.target.value)} />
     </label>
     ${hits ? html`<${Hits} hits=${hits} />` : html`<${List} />`}
   </aside>`;
@@ -71,7 +72,7 @@ function List() {
       </li>`,
     )}
     ${state.hasMore.value &&
-    html`<li><button type="button" class="earlier" onClick=${() => actions.attempt(actions.readOlderConversations)}>Older ones</button></li>`}
+    html`<li><button type="button" class="earlier" onClick=${() => actions.attempt(readOlderConversations)}>Older ones</button></li>`}
   </ul>`;
 }
 

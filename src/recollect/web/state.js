@@ -1,7 +1,7 @@
 /**
  * What the page knows, as signals: a component that reads one is drawn again when it changes.
  *
- * Nothing here asks the server; `actions.js` and `live.js` do, and write here.
+ * Nothing here asks the server; `loading.js`, `actions.js` and `live.js` do, and write here.
  */
 
 import { batch, computed, signal } from "@preact/signals";
@@ -37,6 +37,8 @@ export const selected = signal(null);
 export const branch = signal("main");
 /** Messages below which nothing is drawn. @type {import("@preact/signals").Signal<Set<string>>} */
 export const folded = signal(new Set());
+/** Messages that are not drawn, nor what is below them: ways that were tried and not kept. @type {import("@preact/signals").Signal<Set<string>>} */
+export const aside = signal(new Set());
 /** Replies that are being generated, by their ids. @type {import("@preact/signals").Signal<Map<string, Pending>>} */
 export const pending = signal(new Map());
 /** @type {import("@preact/signals").Signal<{id: string, context_length: number | null}[]>} */
@@ -110,14 +112,19 @@ export const goingBranch = computed(() => {
   return at.includes(branch.value) ? branch.value : (at[0] ?? null);
 });
 
-/** Fewer tokens are read too soon for their speed to say anything. */
-const FEW_TOKENS = 24;
-
-/** How fast prompts of this conversation were read at best, in tokens a second; null: nothing says. */
+/**
+ * How fast prompts are read here, in tokens a second; null: nothing says.
+ *
+ * The engine's own measure, from what going on would take, or how fast a prompt was read: the most of
+ * these, so that nothing is called saved that was not. The first prompt after a start is slow.
+ */
 export const readingSpeed = computed(() => {
-  const usages = [...tree.value.nodes.values()].map((node) => node.usage);
-  const told = usages.filter((one) => one && one.computed_tokens - (one.read_ahead_tokens ?? 0) >= FEW_TOKENS);
-  return told.reduce((most, one) => Math.max(most, one?.prefill_tps ?? 0), 0) || null;
+  let most = 0;
+  for (const { usage, goingOn } of tree.value.nodes.values()) {
+    if (usage && !usage.read_ahead_tokens) most = Math.max(most, usage.prefill_tps ?? 0);
+    if (goingOn?.seconds && !goingOn.on_disk) most = Math.max(most, goingOn.to_compute / goingOn.seconds);
+  }
+  return most || null;
 });
 
 /** The branches that are being tried in this window, which shows them by itself. @type {Set<string>} */
@@ -127,6 +134,15 @@ export const trying = new Set();
 export const growing = computed(() =>
   [...pending.value.values()].filter(
     (one) => one.conversation === current.value && one.parent === selected.value,
+  ),
+);
+
+/** Of the open conversation all that are generated, without their text: new only once one begins or ends. */
+export const sprouts = computed(() =>
+  JSON.stringify(
+    [...pending.value.values()]
+      .filter((one) => one.conversation === current.value)
+      .map(({ id, parent, branch, question }) => ({ id, parent, branch, question })),
   ),
 );
 

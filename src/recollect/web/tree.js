@@ -158,13 +158,44 @@ function countBelow(tree, id) {
 }
 
 /**
+ * Return a tree with what is being said in it: questions that the server does not have yet, and replies.
+ *
+ * @param {Tree} tree
+ * @param {{id: string, parent: string | null, branch: string, question: string | null}[]} sprouts
+ * @returns {Tree}
+ */
+export function withSprouts(tree, sprouts) {
+  if (sprouts.length === 0) return tree;
+  const grown = { ...tree, nodes: new Map(tree.nodes), roots: [...tree.roots] };
+  /** @type {(role: "user" | "assistant", id: string, parent: string | null, text: string) => void} */
+  const add = (role, id, parent, text) => {
+    const above = grown.nodes.get(parent ?? "");
+    const item = { id, role, parent_id: parent, items: [], response_id: null, created_at: 0 };
+    grown.nodes.set(id, { ...readNode(item), text, depth: above ? above.depth + 1 : 0, isSprout: true });
+    if (above) grown.nodes.set(above.id, { ...above, children: [...above.children, id] });
+    else grown.roots.push(id);
+  };
+  for (const { id, parent, branch, question } of sprouts) {
+    const tip = tree.nodes.get(tree.tips[branch] ?? "");
+    const isKept = tip?.role === "user" && tip.parent === parent;
+    const isDone = tip?.role === "assistant" && tip.id !== parent; // the reply is there already
+    const isLonger = question === null && tree.nodes.get(parent ?? "")?.role === "assistant";
+    if (isDone || isLonger || (parent !== null && !tree.nodes.has(parent))) continue;
+    if (question !== null && !isKept) add("user", `${id}-asked`, parent, question);
+    add("assistant", id, isKept ? tip.id : question === null ? parent : `${id}-asked`, "");
+  }
+  return grown;
+}
+
+/**
  * Give every message that is not folded away a place: downward, replies under what they answer.
  *
  * @param {Tree} tree
  * @param {Set<string>} folded Below these nothing is drawn.
+ * @param {Set<string>} aside These are not drawn either.
  * @returns {Map<string, Place>} Parents first.
  */
-export function layout(tree, folded) {
+export function layout(tree, folded, aside = new Set()) {
   /** @type {Map<string, Place>} */
   const places = new Map();
   if (tree.roots.length === 0) return places;
@@ -179,13 +210,16 @@ export function layout(tree, folded) {
   const known = new Map();
   for (const node of tree.nodes.values()) {
     const parent = tree.nodes.has(node.parent ?? "") ? known.get(node.parent) : top;
-    if (parent && !folded.has(node.parent ?? "")) known.set(node.id, below(node, parent));
+    if (parent && !folded.has(node.parent ?? "") && !aside.has(node.id)) known.set(node.id, below(node, parent));
   }
   const placed = tidy().nodeSize([STEP.x, STEP.y]).separation(() => 1)(top);
   placed.each((one) => {
     const node = /** @type {TreeNode | null} */ (one.data);
     if (node === null) return;
-    const hidden = folded.has(node.id) ? countBelow(tree, node.id) : 0;
+    const away = aside.size ? node.children.filter((id) => aside.has(id)) : [];
+    const hidden = folded.has(node.id)
+      ? countBelow(tree, node.id)
+      : away.reduce((sum, id) => sum + 1 + countBelow(tree, id), 0);
     places.set(node.id, { node, x: one.x, y: one.y - STEP.y, hidden });
   });
   return places;

@@ -10,8 +10,8 @@ import { select as selectElement } from "d3-selection";
 import { zoom, zoomIdentity } from "d3-zoom";
 import { glide } from "./motion.js";
 import * as state from "./state.js";
-import { select } from "./actions.js";
-import { CARD, DOTS_BELOW, branchesAt, checkpointsAt, extent, layout, lines, newestBelow, seen, siblings } from "./tree.js";
+import { select } from "./loading.js";
+import { CARD, DOTS_BELOW, branchesAt, checkpointsAt, extent, layout, lines, newestBelow, seen, siblings, withSprouts } from "./tree.js";
 import { IconButton, goingText, duration, html, count } from "./widgets.js";
 
 /**
@@ -59,8 +59,21 @@ function elements(place) {
 /** @param {string} id */
 function toggle(id) {
   const all = new Set(state.folded.value);
-  if (!all.delete(id)) all.add(id);
+  const away = (state.tree.value.nodes.get(id)?.children ?? []).filter((one) => state.aside.value.has(one));
+  if (!all.delete(id) && away.length === 0) all.add(id);
   state.folded.value = all;
+  if (away.length) state.aside.value = new Set([...state.aside.value].filter((one) => !away.includes(one)));
+}
+
+/** A message while it is said: nobody can go there yet. @param {{place: Place}} props */
+function Sprout({ place: { node, x, y } }) {
+  const reply = state.pending.value.get(node.id);
+  const text = node.text || reply?.text || reply?.reasoning || "";
+  return html`<div class=${`sprout ${node.role}`} aria-hidden="true" style=${{ transform: `translate(${x - CARD.width / 2}px, ${y}px)` }}>
+    <span class="card-who">${speaker(node)}</span>
+    ${reply && html`<span class="pulse"></span>`}
+    <span class="card-text">${firstWords({ ...node, text }) || "…"}</span>
+  </div>`;
 }
 
 /** @param {{place: Place, isChosen: boolean, isOnPath: boolean}} props */
@@ -153,7 +166,12 @@ export function TreeView() {
   const behaviour = useMemo(() => zoom().scaleExtent(SCALES).duration(0), []);
   const tree = state.tree.value;
   const folded = state.folded.value;
-  const places = useMemo(() => layout(tree, folded), [tree, folded]);
+  const aside = state.aside.value;
+  const sprouts = state.sprouts.value;
+  const places = useMemo(
+    () => layout(withSprouts(tree, JSON.parse(sprouts)), folded, aside),
+    [tree, folded, aside, sprouts],
+  );
   const chosen = state.selected.value;
   const onPath = useMemo(() => new Set(state.path.value.map((node) => node.id)), [state.path.value]);
 
@@ -240,7 +258,7 @@ export function TreeView() {
   // Until a person moves it, the view follows: the whole tree where it can be read so, and else what is chosen.
   const opened = useRef("");
   useEffect(() => {
-    if (!tree.id || room.width === 0 || places.size === 0 || (chosen === null && !state.isOpening.value)) return;
+    if (!tree.id || room.width === 0 || places.size === 0 || (chosen === null && !state.isOpening.value && sprouts === "[]")) return;
     const isNew = opened.current !== tree.id;
     if (isNew) isMoved.current = false;
     opened.current = tree.id;
@@ -286,6 +304,7 @@ export function TreeView() {
     let nearest = null;
     let least = 24 / at.k;
     for (const one of dots) {
+      if (one.node.isSprout) continue;
       const far = Math.hypot(one.x - x, one.y - y);
       if (far < least) [nearest, least] = [one, far];
     }
@@ -341,7 +360,9 @@ export function TreeView() {
       <div class="cards" role="presentation" style=${{ transform: move }}>
         ${cards.map(
           (place) =>
-            html`<${Card} key=${place.node.id} place=${place} isChosen=${place.node.id === chosen} isOnPath=${onPath.has(place.node.id)} />`,
+            place.node.isSprout
+              ? html`<${Sprout} key=${place.node.id} place=${place} />`
+              : html`<${Card} key=${place.node.id} place=${place} isChosen=${place.node.id === chosen} isOnPath=${onPath.has(place.node.id)} />`,
         )}
       </div>
     </div>

@@ -91,6 +91,8 @@ export interface TreeNode {
   finishReason: string | null;
   goingOn: GoingOn | null;
   warmth: Warmth;
+  /** Whether it is being said now, and not kept yet. */
+  isSprout?: boolean;
 }
 
 export interface Tree {

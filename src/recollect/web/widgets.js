@@ -45,10 +45,10 @@ export function Icon({ name }) {
   return html`<svg class="icon" viewBox="0 0 16 16" aria-hidden="true"><path d=${ICONS[name]} /></svg>`;
 }
 
-/** @param {{icon: keyof typeof ICONS, label: string, onClick: (event: any) => void, [more: string]: any}} props */
-export function IconButton({ icon, label, onClick, ...more }) {
-  return html`<button type="button" class="icon-button" aria-label=${label} title=${label} onClick=${onClick} ...${more}>
-    <${Icon} name=${icon} />
+/** @param {{icon: keyof typeof ICONS, label: string, text?: string, onClick: (event: any) => void, [more: string]: any}} props `text`: a word beside the icon. */
+export function IconButton({ icon, label, text, onClick, ...more }) {
+  return html`<button type="button" class=${text ? "icon-button worded" : "icon-button"} aria-label=${label} title=${label} onClick=${onClick} ...${more}>
+    <${Icon} name=${icon} />${text}
   </button>`;
 }
 
@@ -82,7 +82,7 @@ export const counted = (value, one) => `${count(value)} ${one}${value === 1 ? ""
 
 /** @param {number} seconds */
 export function duration(seconds) {
-  if (seconds < 0.01) return "under 10 ms";
+  if (seconds < 0.01) return "<10 ms";
   if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 90) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
   return `${Math.round(seconds / 60)} min`;

@@ -13,6 +13,8 @@ from recollect.server.page import page_files
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 MOST_BYTES = 400_000
+MOST_LINES = 400
+"""Of code in a module, as in one of Python."""
 
 
 @pytest.mark.few(3)
@@ -95,3 +97,19 @@ def test_the_addresses_of_files_lead_nowhere_else_without_a_key(
 
 def test_the_page_is_small() -> None:
     assert sum(len(file.content) for file in page_files().values()) < MOST_BYTES
+
+
+def test_no_module_of_the_page_is_long() -> None:
+    own = {name: one for name, one in page_files().items() if name.endswith(".js")}
+    lengths = {
+        name: sum(
+            bool(line.strip()) and not line.lstrip().startswith("//")
+            for line in re.sub(
+                r"/\*.*?\*/", "", file.content.decode(), flags=re.DOTALL
+            ).splitlines()
+        )
+        for name, file in own.items()
+        if "vendor" not in name
+    }
+    assert len(lengths) > 15
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
