@@ -213,6 +213,11 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         result["verify"]["largest"],
         result["verify"]["different_replies"],
     ],
+    ("vllm-avx2-exact", "the same with"): lambda result: [
+        result["verify"]["largest"],
+        result["verify"]["different_replies"],
+        result["verify"]["noise"],
+    ],
     ("vllm-exact", "a second key"): lambda result: [
         result["reused_by_key"]["bob"][0],
         result["reused_by_key"]["alice"][1],
