@@ -120,6 +120,18 @@ def beside_others_that_guess(*cases: str) -> Callable[[Result], list[float]]:
     return found
 
 
+def both_ways(result: Result) -> list[float]:
+    """Return what each trace computed through the front, and for a client that resends text."""
+    return [
+        count
+        for trace in result["traces"]
+        for count in (
+            trace["front_awaited_tokens"] + trace["front_ahead_tokens"],
+            trace["alone_computed_tokens"],
+        )
+    ]
+
+
 FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("bench-fast", "second turn"): of_bench(
         lambda found: [found[way]["ttft_s"]["median"] for way in ("reuse_second", "without_second")]
@@ -231,14 +243,8 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         100 * result["fleet"][policy]["reused_share"]
         for policy in ("by conversation", "least loaded", "in turn")
     ],
-    ("elsewhere-exact", "a conversation with"): lambda result: [
-        count
-        for trace in result["traces"]
-        for count in (
-            trace["front_awaited_tokens"] + trace["front_ahead_tokens"],
-            trace["alone_computed_tokens"],
-        )
-    ],
+    ("elsewhere-exact", "a conversation with"): both_ways,
+    ("traces-vllm-exact", "traces of"): both_ways,
     ("elsewhere-exact", "the fleet's model"): lambda result: [
         100 * result["fleet"]["reused_share"][policy][kind]
         for policy in ("by conversation", "in turn")
@@ -247,6 +253,11 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("vllm-exact", "reuse on vLLM"): lambda result: [
         result["verify"]["largest"],
         result["verify"]["different_replies"],
+    ],
+    ("vllm-avx2-exact", "the same with"): lambda result: [
+        result["verify"]["largest"],
+        result["verify"]["different_replies"],
+        result["verify"]["noise"],
     ],
     ("vllm-exact", "a second key"): lambda result: [
         result["reused_by_key"]["bob"][0],

@@ -190,8 +190,9 @@ def saving_lines(summary: BenchSummary, iterations: Sequence[Iteration]) -> list
     """Return what reuse saves, in words."""
     last = iterations[-1]
     second = last.reuse.second
+    kept = len(iterations) - 1
     return [
-        f"{len(iterations) - 1} iterations; one more went before and was discarded as warm-up. "
+        f"{kept} iteration{'s' * (kept != 1)}; one more went before and was discarded as warm-up. "
         "Times are "
         "medians; mean and sd (standard deviation) are the latency's.",
         f"Response 2 with reuse: {second.reused_tokens:,} of {second.prompt_tokens:,} prompt "

@@ -26,6 +26,8 @@ def test_the_saving_is_said_in_seconds_and_as_a_share(iterations: list[Iteration
     assert "9.000 s (sd 0.000); ideal (prefill of 90 tokens): 10.000 s" in text
     assert "share of the ideal: 90.0%" in text
     assert "first-token time is 0.100 of that without reuse" in text
+    text = report.saving_lines(summarize_iterations(iterations[:2]), iterations[:2])[0]
+    assert text.startswith("1 iteration; one more went before")
 
 
 def test_the_table_fits_a_terminal_of_80_columns(iterations: list[Iteration]) -> None:
