@@ -299,6 +299,12 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         for place in (0, 1)
         for what in ("computed_tokens", "ttft_s")
     ],
+    ("fork-llama-fast", "fork and rewind"): lambda result: [
+        result["result"]["fork_s"]["median"] * 1e6,
+        result["result"]["rewind_s"]["median"] * 1e6,
+        result["result"]["forward_passes"],
+        result["result"]["fork_blocks"],
+    ],
     ("restart-llama-smollm2-4000-fast", "next turn"): first_tokens("disk", "memory", "cold"),
     ("workloads-llama-fast", "the five traces of"): lambda result: [
         total(result, "computed_tokens"),
@@ -420,6 +426,9 @@ def test_what_else_is_said_of_the_two_servers_is_in_the_file() -> None:
     speed = SERVER["tokens_per_second"]
     ours, theirs = (f"{speed[name]:.0f}" for name in NAMES)
     assert f"| 4 clients at once: tokens per second | {ours} | {theirs} |" in PAGE
+    ours, theirs = (f"{SERVER['decode_per_second'][name]:.0f}" for name in NAMES)
+    assert f"came with {ours} tokens per second of ours" in PAGE
+    assert f"and {theirs} of llama-server's" in PAGE
     added = ms(SERVER["first_text_s"]["added"])
     assert f"| what HTTP adds to the first token | {added:.0f} ms | |" in PAGE
 
