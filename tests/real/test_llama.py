@@ -123,10 +123,11 @@ def first_that_fails(model: recollect.Model) -> VerifyReport:
 
 
 def a_foreign_block(join: Any) -> Any:
-    def with_another(self: Layout, blocks: Bytes, sequence: int, length: int) -> Bytes:
-        others = blocks.copy()
-        others[1:2] = blocks[:1]
-        joined: Bytes = join(self, others, sequence, length)
+    def with_another(
+        self: Layout, memory: Bytes, mine: list[int], sequence: int, length: int
+    ) -> Bytes:
+        others = [mine[0] if index == 1 else block for index, block in enumerate(mine)]
+        joined: Bytes = join(self, memory, others, sequence, length)
         return joined
 
     return with_another
