@@ -337,13 +337,12 @@ def asked_of(
                 schema = None if grammar is None else grammar.source
                 speeds = []
                 for question in case.questions:
-                    if question.before is not None:
-                        ask(question.before, tokens, schema)
+                    # Guesses and schemas do not go together everywhere.
                     try:
+                        if question.before is not None:
+                            ask(question.before, tokens, schema)
                         speeds.append(ask(question.text, tokens, schema))
-                    except (
-                        RuntimeError
-                    ) as cause:  # guesses and schemas do not go together everywhere
+                    except RuntimeError as cause:
                         say(f"{way} cannot: {name} ({cause})")
                 if len(speeds) == len(case.questions):
                     found[name].append(len(speeds) / sum(1 / speed for speed in speeds))
