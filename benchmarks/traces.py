@@ -74,7 +74,7 @@ class _Audit:
         self.replies += replies
         prompts = [model.prompts.encode(reply.node.path()[:-1]).token_ids for reply in replies]
         new = [self._learn(ids) for ids in prompts]
-        # The last token of a prompt is fed in any case: its pass yields the first new token.
+        # The last token of a prompt is fed, unless the logits after it are known still.
         needed = sum(max(1, count) for count in new)
         computed = sum(
             len(ids) - reply.usage.reused_tokens - reply.usage.read_ahead_tokens

@@ -111,6 +111,7 @@ SINCE = (
     "what is said of that",
     "what the prefix cache took up and evicted, in numbers",
     "guesses of what a reply says next",
+    "the logits after prompts that were read lately",
     "how many threads of llama.cpp compute, and how they wait",
 )
 """What a module was added for each, since there were 105."""

@@ -93,7 +93,7 @@ def main(chosen: list[str], say: Callable[[str], object] = print) -> None:
                 continue
             of_machine[fault] = example(getattr(module, kind), module.EXPECTED, planted)
             say(f"{kind}: {fault}: {len(of_machine[fault])} steps")
-            path.write_text(json.dumps({**kept, **stored}, indent=1) + "\n", "utf-8")
+        path.write_text(json.dumps({**kept, **stored}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

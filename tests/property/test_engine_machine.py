@@ -389,11 +389,12 @@ class EngineMachine(RuleBasedStateMachine):
                 self.left[namespace or ""] | public,
             )
         )
-        again = 1  # logits need a forward pass
+        again = 1  # logits need a forward pass, but after what was read as a prompt
+        fewest = 0 if tuple(ids) in self.seen[namespace or ""] else 1
         if self.whole_blocks_only:
             again = (len(ids) - 1) % SIZE + 1
         at_the_end = len(ids) == CONTEXT  # where generating ends without a forward pass
-        return 0 if at_the_end else max(1, least), most or again
+        return 0 if at_the_end else max(fewest, least), most or again
 
     def _longest(self, known: set[Ids], ids: list[int]) -> int:
         if self.whole_tails and (ends := [one for one in known if tuple(ids[: len(one)]) == one]):

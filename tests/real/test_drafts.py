@@ -115,3 +115,17 @@ def test_in_fast_a_reply_that_was_given_is_given_again(
     usage = guessed.respond(QUESTION).usage
     assert guessed.tip.token_ids == plain.tip.token_ids
     assert usage.accepted_tokens > 80
+
+
+def test_a_greedy_answer_that_is_generated_again_is_the_same() -> None:
+    """In `fast` too, where the last token of the question, fed again alone, would be rounded otherwise."""
+    params = replace(GREEDY, max_tokens=96)
+    with recollect.load("smollm2", home=config.home(), kv_disk=0, draft=False) as model:
+        session = model.session(params=params)
+        first = session.respond(QUESTION)
+        again = session.regenerate()
+        assert again.text == first.text
+        assert again.usage.computed_tokens == 0
+        other = model.session(params=params).respond(QUESTION)
+        assert other.text == first.text
+        assert other.usage.computed_tokens == 0

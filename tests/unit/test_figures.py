@@ -254,10 +254,6 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("vllm-exact", "reuse on vLLM"): lambda result: [
         result["verify"]["largest"],
         result["verify"]["different_replies"],
-    ],
-    ("vllm-avx2-exact", "the same with"): lambda result: [
-        result["verify"]["largest"],
-        result["verify"]["different_replies"],
         result["verify"]["noise"],
     ],
     ("vllm-exact", "a second key"): lambda result: [

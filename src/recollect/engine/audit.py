@@ -32,6 +32,7 @@ def check_memory(memory: Memory, leased: Several[int]) -> None:
         cached = [node.block for node in memory.cache.blocks()]
         check_pool(memory.pool, [*tables, cached, leased])
         check_cache(memory.cache)
+        memory.ends.check()
         for sequence in alive:
             check_sequence(sequence)
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
+from recollect.engine.prompt_ends import PromptEnds
+from recollect.errors import MisuseError, RewindError
 from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.prefix import Match, PrefixCache
 from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId
@@ -36,26 +37,6 @@ class FeedPlan:
     def tokens(self) -> int:
         """Return how many tokens of the history are fed; 1: the next one of a reply is all that is wanted."""
         return self.end - self.start - self.drafted
-
-
-def _check_append(token_ids: Tokens[int], length: int, info: RuntimeInfo) -> None:
-    """
-    Refuse tokens that cannot be appended to a history of *length* tokens.
-
-    Raises:
-        TokenIdError: There are none, or one is outside the vocabulary.
-        ContextFullError: They do not fit the context.
-    """
-    if len(token_ids) == 0:
-        raise TokenIdError("There are no tokens to append: give at least one.")
-    for token in (min(token_ids), max(token_ids)):
-        if not 0 <= token < info.vocab_size:
-            raise TokenIdError(
-                f"Token id {token} is outside the vocabulary: ids go from 0 to {info.vocab_size - 1}."
-            )
-    needed = length + len(token_ids)
-    if needed > info.context_length:
-        raise ContextFullError(needed=needed, limit=info.context_length)
 
 
 def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
@@ -90,6 +71,7 @@ class Memory:
         self.info = info
         self.pool = pool
         self.cache = cache
+        self.ends = PromptEnds()
         self.lock = threading.RLock()
         self.sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         """Those that are alive; each adds itself."""
@@ -210,7 +192,7 @@ class Sequence:
             ContextFullError: They do not fit the context. Nothing was changed.
         """
         self._require_open()
-        _check_append(token_ids, len(self._token_ids), self.memory.info)
+        self.memory.info.check_append(token_ids, len(self._token_ids))
         self._token_ids += array("q", token_ids)  # made first: all of them or none
         self.logits = None
         if self._ahead:
@@ -320,23 +302,32 @@ class Sequence:
         return self.chain[-1] if self.chain else self._root
 
     def reuse(self) -> int:
-        """Take over what the cache has of the history beyond `computed`; return how many tokens."""
-        if self.computed >= len(self._token_ids) - 1:
-            return 0  # the last token is fed in any case
+        """
+        Take over what the cache has of the history beyond `computed`; return how many tokens.
+
+        Where all is computed then, and it is a prompt whose logits were kept, these are taken over too.
+        """
+        lacking = len(self._token_ids) - self.computed
+        if lacking == 1 or (lacking == 0 and self.logits is not None):
+            return 0  # so for most passes of a reply: its last token is fed in any case
         with self.memory.lock:
             after, size = self.last_full, self.memory.info.block_size
             if after is None:
                 return 0
             start = len(self.chain) * size
             match = self.memory.cache.match(after, self._token_ids[start:])
-            gained = start + match.tokens - self.computed
-            if gained <= 0:
-                return 0
-            self.truncate(start)
-            self._hold([cached.block for cached in match.blocks])
-            self.chain += match.blocks[: match.tokens // size]
-            self.computed = start + match.tokens
-            return gained
+            if (gained := start + match.tokens - self.computed) > 0:
+                self.truncate(start)
+                self._hold([cached.block for cached in match.blocks])
+                self.chain += match.blocks[: match.tokens // size]
+                self.computed = start + match.tokens
+            if self.logits is None and self.computed == len(self._token_ids):
+                self.logits = self.memory.ends.of(self.last_full, self._tail())
+            return max(0, gained)
+
+    def _tail(self) -> list[int]:
+        """Return the tokens behind the full blocks, as far as they are computed."""
+        return self.tokens(len(self.chain) * self.memory.info.block_size, self.computed)
 
     def kept_blocks(self, start: int) -> int:
         """
@@ -408,6 +399,8 @@ class Sequence:
         self.draft = ()
         self._share_full_blocks()
         is_prompt = logits is not None and fed.tokens > 1
+        if logits is not None and is_prompt:
+            self.memory.ends.keep(self.last_full, self._tail(), logits[0])
         if is_prompt or fed.end == self.branch_point:
             self.leave_tail()  # others may send the same prompt, or the next turn may begin here
 
@@ -439,11 +432,9 @@ class Sequence:
 
     def leave_tail(self) -> None:
         """Let others find the last block, though it is not full; who writes on copies it then."""
-        cache, after = self.memory.cache, self.last_full
-        start = len(self.chain) * self.memory.info.block_size
-        if after is None or start >= self.computed or cache.parts == "none":
-            return
-        cache.insert(after, self._token_ids[start : self.computed], self.blocks[len(self.chain)])
+        cache, after, tail = self.memory.cache, self.last_full, self._tail()
+        if after is not None and tail and cache.parts != "none":
+            cache.insert(after, tail, self.blocks[len(self.chain)])
 
     def truncate(self, length: int) -> None:
         """Hold the KV of the first *length* tokens only, at most `computed`, and of no guess."""

@@ -74,7 +74,8 @@ def check_as_fresh(session: Session, text: str | None) -> Reply:
     assert (reply.text, list(reply.node.token_ids or ())) == expected
     usage = reply.usage
     assert usage.reused_tokens + usage.computed_tokens == usage.prompt_tokens == len(text_ids)
-    assert usage.awaited_tokens == max(1, len(text_ids) - known)
+    # The logits after a prompt that was read lately are known, too.
+    assert usage.awaited_tokens in {len(text_ids) - known, max(1, len(text_ids) - known)}
     session.conversation.check()
     engine.check()
     return reply
@@ -246,7 +247,7 @@ def test_regenerate_answers_the_same_message_again(chat: Session) -> None:
     assert other.text != first.text
     assert first.node.parent is not None
     assert first.node.parent.children == [first.node, again.node, other.node]
-    assert other.usage.computed_tokens == 1
+    assert other.usage.computed_tokens == 0
     check_as_fresh(chat, "two")
 
 
@@ -622,7 +623,7 @@ def test_out_of_blocks_in_the_middle_of_a_reply_keeps_what_was_said_and_reports(
     assert chat.tip.content.startswith("".join(pieces))
     model.engine.check()
     chat.undo()
-    assert chat.respond("one", params=SHORT).usage.computed_tokens == 1
+    assert chat.respond("one", params=SHORT).usage.computed_tokens == 0
 
 
 def test_between_turns_a_session_holds_no_block_and_a_closed_one_can_be_used_again(
@@ -758,9 +759,9 @@ def test_a_tree_is_shared_by_forks_and_by_nobody_else(chat: Session, model: Mode
     assert isinstance(chat.tree, Tree)
 
 
-def test_regenerating_computes_one_token(chat: Session) -> None:
+def test_regenerating_computes_nothing(chat: Session) -> None:
     chat.respond("one")
-    assert chat.regenerate().usage.computed_tokens == 1
+    assert chat.regenerate().usage.computed_tokens == 0
 
 
 def test_an_edit_reuses_all_that_comes_before_the_first_difference(chat: Session) -> None:

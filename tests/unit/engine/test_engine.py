@@ -118,8 +118,8 @@ def test_the_runtime_is_warmed_up_once_and_before_anything_else(
     runtime.forward = noted
     engine.start()
     engine.wait_until_warm()
-    for _ in range(2):
-        assert same(appended_and_computed(engine, [1, 2, 3]), fresh_logits([1, 2, 3]))
+    for ids in ([1, 2, 3], [1, 2, 3, 4]):
+        assert same(appended_and_computed(engine, ids), fresh_logits(ids))
     assert calls == ["warm up", "forward", "forward"]
     assert engine.computed_tokens == 4, "what warms up is not counted: nothing of it is kept"
 

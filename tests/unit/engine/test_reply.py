@@ -405,14 +405,14 @@ def test_usage_adds_up_for_a_first_and_a_later_reply() -> None:
     assert (usage.prompt_tokens, usage.reused_tokens, usage.computed_tokens) == (11, 9, 2)
 
 
-def test_usage_after_a_rewind_to_known_ground_counts_the_one_token_that_is_fed_again() -> None:
+def test_usage_after_a_rewind_to_a_prompt_that_was_read_counts_no_token() -> None:
     engine, generator, reply = reply_to([0, 1, 2])
     list(reply)
     generator.rewind_to(len(PROMPT))
     again = started(ReplyGeneration(engine, generator, Pieces()))
     list(again)
     usage = again.usage()
-    assert (usage.prompt_tokens, usage.reused_tokens, usage.computed_tokens) == (6, 5, 1)
+    assert (usage.prompt_tokens, usage.reused_tokens, usage.computed_tokens) == (6, 6, 0)
 
 
 def test_usage_of_a_reply_of_one_token_has_no_decode_rate() -> None:
