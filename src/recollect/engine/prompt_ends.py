@@ -45,6 +45,7 @@ class PromptEnds:
         name = after.key, tuple(tail)
         self._drop(name)
         self._kept[name] = kept = logits.copy()
+        kept.setflags(write=False)  # several replies may have it at once
         self.bytes += kept.nbytes
         while self.bytes > MOST_END_BYTES:
             self._drop(next(iter(self._kept)))

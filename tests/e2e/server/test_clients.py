@@ -367,5 +367,5 @@ def test_two_keys_share_nothing(http: httpx.Client, keys: tuple[str, str]) -> No
     mine, other = ask(keys[0]), ask(keys[1])
     again = min((ask(keys[0]) for _ in range(3)), key=lambda told: told[1])
     assert other[0] >= mine[0] > 400  # the first had the template's own words already
-    assert again[0] == 1
+    assert again[0] == 0
     assert other[1] > 2 * again[1]
