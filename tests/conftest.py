@@ -356,6 +356,7 @@ def make_engine(faults: Faults, pace: Pace) -> Iterator[Callable[..., Engine]]:
         vocab_size: int = 50,
         context_length: int = 128,
         whole_blocks_only: bool = False,
+        whole_tails: bool = False,
         eos_token_ids: Sequence[int] = (),
         fingerprint: str = "",
         store: DiskStore | None = None,
@@ -366,6 +367,7 @@ def make_engine(faults: Faults, pace: Pace) -> Iterator[Callable[..., Engine]]:
             context_length=context_length,
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
+            whole_tails=whole_tails,
             pace=pace,
         )
         engine = Engine(

@@ -120,6 +120,7 @@ class Engine:
     def forget(self) -> int:
         """Evict all KV that no sequence holds and nobody pinned; return how many blocks."""
         with self.lock:
+            self.memory.ends.clear()
             return self.cache.evict(self.pool.num_blocks)
 
     def start(self) -> None:

@@ -59,6 +59,11 @@ class PromptEnds:
             self._kept.move_to_end(name)
         return self._kept.get(name)
 
+    def clear(self) -> None:
+        """Forget all; the last tokens of prompts are then fed again."""
+        self._kept.clear()
+        self.bytes = 0
+
     def check(self) -> None:
         """
         Verify the invariant.

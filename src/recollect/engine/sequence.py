@@ -43,8 +43,8 @@ def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
     """
     Return what to feed so that the logits after a history of *length* tokens are known.
 
-    This function alone owns the rule that at least one token is fed: logits need a forward pass, so a
-    history whose KV is complete feeds its last token again.
+    This function alone owns the rule that at least one token is fed where they are not: logits need a
+    forward pass, so a history whose KV is complete feeds its last token again.
 
     Args:
         length: Tokens in the history, >= 1.
@@ -242,11 +242,13 @@ class Sequence:
         """
         Give up the KV after the first *keep* tokens, at most `computed`; the history stays.
 
-        The cache still finds that KV, until it evicts it because others need the room.
+        The cache still finds that KV, until it evicts it because others need the room. Logits go with KV:
+        who waits for them wants both.
         """
         with self.memory.lock:
             self.leave_tail()
             self.truncate(keep)
+            self.logits = self.logits if keep == len(self._token_ids) else None
 
     def release(self) -> None:
         """Give the blocks back; the sequence cannot be used afterwards. May be called again."""
@@ -265,7 +267,7 @@ class Sequence:
         if not length:
             raise MisuseError("an empty sequence has no next token: append something first")
         plan = plan_feed(length, self.computed, reuse)
-        if reuse.whole_tails and plan.start < self.branch_point < plan.end:
+        if reuse.whole_tails and self.computed < self.branch_point < plan.end:
             return FeedPlan(plan.start, self.branch_point)
         if self.draft and plan.tokens == 1:
             return FeedPlan(plan.start, plan.end + len(self.draft), len(self.draft))

@@ -277,7 +277,7 @@ class DiskTier:
             after = sequence.last_full
             start = len(sequence.chain) * size
             have = sequence.computed - start
-            # The prompt's last token is always fed, and needs a block.
+            # The prompt's last token may be fed again, and a reply's first needs a block.
             room = self._pool.free_blocks + self._cache.evictable_blocks - 1
         assert after is not None, "a sequence with a namespace has a root"
         rates = self._speed.rates

@@ -361,8 +361,7 @@ def _read(model: Model, generator: Generator, ids: list[int], most_s: float) -> 
     Returns:
         Seconds that looking at it takes, at least: a longer history is read more slowly.
     """
-    began = time.perf_counter()
-    needed_s = 0.0
+    began, needed_s = time.perf_counter(), 0.0
     for start in range(0, len(ids), _PIECE_TOKENS):
         piece = ids[start : start + _PIECE_TOKENS]
         generator.append_tokens(piece)
@@ -406,9 +405,14 @@ def _longest(model: Model) -> int:
 
 
 def _next_logits(model: Model, sequence: Sequence) -> Logits:
-    """Return the logits after the sequence as it stands, computed on a fork so that it stays as it is."""
+    """
+    Return the logits after the sequence as it stands, computed on a fork so that it stays as it is.
+
+    By a pass over its KV: those that are kept of a prompt would be compared with themselves.
+    """
     fork = sequence.fork()
     try:
+        sequence.memory.ends.clear()
         return _computed(model, fork)
     finally:
         fork.release()

@@ -146,7 +146,7 @@ class Reuse:
         """
         Return how many of the first *length* tokens can be reused at the most, where all were computed.
 
-        The last has no KV where a reply ended with it, and is fed again where a prompt does.
+        The last has no KV where a reply ended with it, and may be fed again where a prompt does.
         """
         return self.longest_cut(max(0, length - 1))
 

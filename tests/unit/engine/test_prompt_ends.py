@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from recollect.engine import prompt_ends
+from recollect.engine.decoder import Task
 from recollect.engine.engine import Engine
 from recollect.engine.prompt_ends import PromptEnds
 from recollect.engine.sequence import Sequence
@@ -97,3 +98,47 @@ def test_the_same_prompt_twice_counts_once() -> None:
     assert ends.bytes == 200
     ends.keep(None, [1], np.zeros(50, np.float32))
     assert (ends.bytes, ends.of(None, [1])) == (200, None)
+
+
+def test_a_task_that_is_parked_while_it_waits_ends_with_its_kv(
+    make_engine: Callable[..., Engine],
+) -> None:
+    """It found the prompt and its logits while it waited; then others needed the room."""
+    engine = make_engine()
+    asked(engine, PROMPT)[1].release()
+    waiting = engine.new_sequence()
+    waiting.append(PROMPT)
+    waiting.reuse()
+    assert waiting.logits is not None
+    waiting.park()
+    engine.compute([waiting])
+    assert (waiting.computed, waiting.logits is not None) == (len(PROMPT), True)
+    engine.check()
+
+
+def test_a_prompt_whose_end_is_known_and_whose_logits_are_not_ends(
+    make_engine: Callable[..., Engine],
+) -> None:
+    """Where KV cannot be cut, and a turn is known to leave the prompt before its end."""
+    engine = make_engine(whole_blocks_only=True, whole_tails=True)
+    for keeps in (True, True, False):
+        if not keeps:
+            engine.memory.ends.clear()
+        sequence = engine.new_sequence()
+        sequence.append(PROMPT)
+        sequence.branch_point = 5
+        task = Task(sequence, lambda: False)
+        engine.submit(task)
+        ended = task.join(10)
+        task.cancel()
+        task.join()
+        assert ended
+        sequence.release()
+    assert engine.forward_passes < 6
+
+
+def test_what_is_forgotten_leaves_no_logits(engine: Engine) -> None:
+    asked(engine, PROMPT)[1].release()
+    assert engine.memory.ends.bytes > 0
+    engine.forget()
+    assert engine.memory.ends.bytes == 0
