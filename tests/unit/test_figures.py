@@ -173,7 +173,17 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         100 * case["share_of_bound"] for case in result["cases"].values()
     ],
     ("drafts-smollm2-fast", "tokens per second, ours"): beside_others_that_guess(
-        "edited question", "regenerated answer", "code with a change", "free text"
+        "edited question",
+        "regenerated answer",
+        "code with a change",
+        "JSON of a schema",
+        "free text",
+    ),
+    ("drafts-qwen2.5-coder-1.5b-fast", "qwen2.5-coder-1.5b: speed"): lambda result: [
+        case["ratio"] for case in result["cases"].values()
+    ],
+    ("drafts-qwen2.5-coder-1.5b-fast", "its tokens per second"): beside_others_that_guess(
+        "edited question", "regenerated answer", "code with a change", "JSON of a schema"
     ),
     ("eight-rows-fast", "OpenVINO's products"): lambda result: [
         least_ms(result, "as it is", "4"),
