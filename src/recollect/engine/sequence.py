@@ -248,13 +248,13 @@ class Sequence:
         with self.memory.lock:
             self.leave_tail()
             self.truncate(keep)
-            self.logits = self.logits if keep == len(self._token_ids) else None
+            if keep < len(self._token_ids):
+                self.logits = None
 
     def release(self) -> None:
         """Give the blocks back; the sequence cannot be used afterwards. May be called again."""
         self.park()
         self._id.release()
-        self.logits = None
         self.closed = True
         self._finalizer()
 
