@@ -256,8 +256,13 @@ class SessionMachine(RuleBasedStateMachine):
         if namespace:
             assert own == [None] * len(own)
         elif session.tip.token_ids is not None:
-            assert own[-1] is not None
-            assert TOKENIZER.decode(own[-1]) == session.tip.content
+            # Not `decode(own[-1])`: a reply that was cut inside of a character and went on was told in
+            # two pieces, each with a sign of its own for its half.
+            assert own[-1] in {
+                said.ids
+                for said in self.known.values()
+                if said is not None and said.content == session.tip.content
+            }
 
     @rule(session=sessions, text=TEXTS)
     def forget_a_stream(self, session: Session, text: str) -> None:
@@ -490,6 +495,18 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 EXPECTED = (AssertionError,)
+
+
+def test_a_reply_that_was_cut_inside_of_a_character_is_found_again() -> None:
+    machine = SessionMachine()
+    machine.begin()
+    session = machine.new(None)
+    machine.say(session, "a", 1, None)
+    machine.answer(session, 1, None)
+    assert session.tip.token_ids == (0xC2, 0x94)
+    assert session.tip.content == "\ufffd\ufffd"
+    machine.match(session, "")
+    machine.teardown()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
