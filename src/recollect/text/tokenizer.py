@@ -439,6 +439,12 @@ def text_of(token_id: int, tokenizer: IdsToText) -> str:
     return tokenizer.decode([token_id]) if added is None else added
 
 
+def finished(text: str) -> str:
+    """Return a decoded text without what may be the part of a character at its end."""
+    unfinished = len(text) - len(text.rstrip(_REPLACEMENT))
+    return text[: len(text) - min(unfinished, _LONGEST_UNFINISHED)]
+
+
 class Detokenizer:
     """
     Turns tokens into pieces of text as they come.
@@ -471,11 +477,10 @@ class Detokenizer:
                 return added
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
-        unfinished = len(text) - len(text.rstrip(_REPLACEMENT))
-        self.holds_back = unfinished > 0
-        stable = text[: len(text) - min(unfinished, _LONGEST_UNFINISHED)]
+        stable = finished(text)
+        self.holds_back = len(stable) < len(text)
         piece = self._new_part(stable)
-        if piece and not unfinished:
+        if piece and not self.holds_back:
             self._move_window()
         return piece
 
