@@ -204,8 +204,10 @@ def test_guesses_have_logits_each(runtime: PagedRuntime, past: int, drafted: int
     row = Row(ids[past:], past, [0, 1, 2], drafted=drafted)
     logits = runtime.forward([row]).logits
     assert logits.shape == (1 + drafted, runtime.info.vocab_size)
-    for number, found in enumerate(logits):
-        assert same(found, run(runtime, ids[: past + 1 + number], [3, 4, 5]))
+    # A prefill for each place takes minutes with real weights.
+    places = range(1 + drafted) if runtime.info.vocab_size < 1000 else {0, 1, drafted - 1, drafted}
+    for number in places:
+        assert same(logits[number], run(runtime, ids[: past + 1 + number], [3, 4, 5]))
 
 
 @pytest.mark.parametrize("agreed", [0, 2, 6])

@@ -1,13 +1,14 @@
 """The default model, as people get it."""
 
 import time
+from dataclasses import replace
 
 import gguf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect import config
+from recollect import config, load
 from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.prompt import PromptEncoder
 from recollect.models.catalog import CATALOG, LocalModel
@@ -15,6 +16,7 @@ from recollect.models.prepare import original_of, prepare
 from recollect.text.file_tokenizers import HfTokenizer
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Detokenizer, Tokenizer
+from recollect.types import Message, SamplingParams
 
 pytestmark = pytest.mark.model
 
@@ -180,3 +182,23 @@ def test_a_message_cannot_end_its_turn(model: LocalModel, tokenizer: Tokenizer) 
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     ordinary = template.render([{"role": "user", "content": "Hi > <"}], add_generation_prompt=True)
     assert prompts.encode([], "Hi > <").token_ids == tokenizer.encode(ordinary)
+
+
+def test_a_reply_that_is_cut_in_an_emoji_says_the_same_when_it_goes_on(model: LocalModel) -> None:
+    """Emojis take several tokens each; a client sends what it has seen of the reply as text."""
+    asked: Message = {"role": "user", "content": "Repeat exactly this: 😀🎉🚀👩‍👩‍👧"}
+    most = 24
+    with load(model.name, profile="exact", kv_disk=0) as loaded:
+        params = SamplingParams(max_tokens=most)
+        whole = loaded.session_from([asked], params=params).respond(None).text
+        assert "🚀" in whole
+        for place in range(1, most):
+            session = loaded.session_from([asked])
+            cut = session.respond(None, params=replace(params, max_tokens=place))
+            assert whole.startswith(cut.text)
+            if cut.finish_reason == "stop":
+                break
+            begun: Message = {"role": "assistant", "content": cut.text}
+            session = loaded.session_from([asked, begun])
+            rest = session.respond(None, params=replace(params, max_tokens=most - place))
+            assert cut.text + rest.text == whole

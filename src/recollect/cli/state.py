@@ -346,7 +346,7 @@ def usage_line(reply: Reply) -> str:
     if usage.reasoning_tokens:
         parts.append(f"{usage.reasoning_tokens:,} thought")
     if usage.decode_tps is not None:
-        guessed = f" ({usage.accepted_tokens:,} guessed)" if usage.accepted_tokens else ""
+        guessed = f" ({usage.accepted_tokens:,} guessed right)" if usage.accepted_tokens else ""
         parts.append(f"{usage.decode_tps:,.0f} tok/s{guessed}")
     if usage.difference is not None:
         parts.append(usage.difference.rstrip("."))

@@ -38,7 +38,7 @@ from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text.reasoning import ShowingTokenizer
 from recollect.text.reasoning_marks import says_nothing, says_the_same
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
+from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown, finished
 from recollect.text.tool_calls import CallRules
 from recollect.types import Message, Remembered, Role, ToolCall, common_prefix_length
 
@@ -335,6 +335,8 @@ class PromptEncoder:
         if known is None:
             rules = CallRules(self.tool_format)
             text = ShowingTokenizer(self._tokenizer, marks, rules).decode(reply.token_ids)
+            if not reply.content or not text.endswith(reply.content):
+                text = finished(text)  # the reply was cut inside of a character
             known = text.removesuffix(reply.content) if text.endswith(reply.content) else ""
             self._written.put(name, known)
         return known

@@ -154,6 +154,14 @@ class Asking:
     begun_ids: Sequence[int] = ()
     """What it was read as: the end of the prompt."""
 
+    @property
+    def follows(self) -> tuple[Sequence[int], str]:
+        """Return the ids and the text of the reply that goes on; both are empty where there is none."""
+        if self.begun is None:
+            return (), ""
+        thought = None if self.begun.links is None else self.begun.links.reasoning
+        return self.begun_ids, self.begun.content or thought or ""
+
     def reasoning(self, marks: ReasoningMarks | None) -> Begun:
         """Return how reasoning stands where the reply begins."""
         if marks is None:
@@ -472,6 +480,11 @@ def _check_can_be_answered(at: Node, begun: Node | None) -> None:
         last = last.parent
     if last.role in ANSWERED:
         return
+    if at is not begun and at.role == "assistant":
+        raise ConversationError(
+            "There is no message to answer: the last reply has come to its end. Say something, or have "
+            "another reply in its place (`regenerate`)."
+        )
     if at is not begun:
         raise ConversationError(
             "There is no message to answer: the last one, instructions apart, has to be a user's or a "

@@ -289,6 +289,7 @@ class ReplyGeneration:
         ahead: Sequence[ReadAhead] = (),
         rules: CallRules | None = None,
         begun: Begun = NO_REASONING,
+        follows: tuple[Sequence[int], str] = ((), ""),
     ) -> None:
         """
         Have it ready to begin.
@@ -300,12 +301,13 @@ class ReplyGeneration:
             ahead: What was computed of the prompt before.
             rules: What its calls of tools look like; None: it is text, and calls nothing.
             begun: How reasoning stands where it begins.
+            follows: The ids and the text of a reply that it is the rest of, at the end of the prompt.
         """
         self._engine = engine
         self._ahead = tuple(ahead)
         self._generator = generator
         self._tokenizer = tokenizer
-        self._begun, self._rules = begun, rules
+        self._begun, self._rules, self._follows = begun, rules, follows
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
@@ -332,7 +334,10 @@ class ReplyGeneration:
 
     @cached_property
     def _detokenizer(self) -> Detokenizer:
-        return Detokenizer(ShowingTokenizer(self._tokenizer, self._begun.marks, self._rules))
+        shown = ShowingTokenizer(self._tokenizer, self._begun.marks, self._rules)
+        detokenizer = Detokenizer(shown)
+        detokenizer.follow(*self._follows)
+        return detokenizer
 
     @property
     def text(self) -> str:
@@ -597,11 +602,13 @@ class ReplyGeneration:
         if generated is not None:
             piece = self._matcher.push(self._decoded(*generated))
         else:
-            # What was held back because more was to come belongs to the reply.
-            piece = self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
-            self._read_to_end = self._is_whole = True
             cut: FinishReason = "length" if self._generation.ran_away else "cancelled"
             self._finish_reason = self._generator.finish_reason or cut
+            # What was held back because more was to come belongs to the reply. Only a character that
+            # a cut has left unfinished is not told: it comes with the rest, if the reply goes on.
+            rest = self._detokenizer.finish() if self._finish_reason == "stop" else ""
+            piece = self._matcher.push(rest) + self._matcher.finish()
+            self._read_to_end = self._is_whole = True
         if self.stop_string is not None:
             self._read_to_end, self._is_whole, self._finish_reason = True, False, "stop"
             self._task.cancel()

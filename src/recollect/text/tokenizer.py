@@ -25,6 +25,8 @@ _REPLACEMENT: Final = "\ufffd"
 # An unfinished character lacks at least one of its at most four bytes, so no more than three
 # replacement characters at the end of a text can still turn into something else.
 _LONGEST_UNFINISHED: Final = 3
+_LONGEST_COMPARED: Final = 16
+"""Characters at the end of two texts that tell whether one of them goes further."""
 
 TEXT_MARKS: Final = (
     "<tool_call>",
@@ -437,6 +439,12 @@ def text_of(token_id: int, tokenizer: IdsToText) -> str:
     return tokenizer.decode([token_id]) if added is None else added
 
 
+def finished(text: str) -> str:
+    """Return a decoded text without what may be the part of a character at its end."""
+    unfinished = len(text) - len(text.rstrip(_REPLACEMENT))
+    return text[: len(text) - min(unfinished, _LONGEST_UNFINISHED)]
+
+
 class Detokenizer:
     """
     Turns tokens into pieces of text as they come.
@@ -444,8 +452,8 @@ class Detokenizer:
     Owned by whoever streams one reply. A character is held back until all of its bytes are there.
 
     Invariants:
-        1. The pieces joined equal `decode` of all ids, if no later id changes the text before it
-           (true of byte-level and sentencepiece vocabularies).
+        1. The pieces joined, with what `finish` returns, equal `decode` of all ids, if no later id
+           changes the text before it (true of byte-level and sentencepiece vocabularies).
         2. A piece is never taken back.
     """
 
@@ -469,13 +477,26 @@ class Detokenizer:
                 return added
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
-        unfinished = len(text) - len(text.rstrip(_REPLACEMENT))
-        self.holds_back = unfinished > 0
-        stable = text[: len(text) - min(unfinished, _LONGEST_UNFINISHED)]
+        stable = finished(text)
+        self.holds_back = len(stable) < len(text)
         piece = self._new_part(stable)
-        if piece and not unfinished:
+        if piece and not self.holds_back:
             self._move_window()
         return piece
+
+    def follow(self, ids: Sequence[int], text: str) -> None:
+        """
+        Take the ids of a text that is out, before any other: what comes goes on with it.
+
+        Args:
+            ids: Of the text, and perhaps of others before it, shape `(n,)`. Where they end inside of
+                a character, it comes out with the id that completes it.
+            text: What is out. If that is more than whole characters, with a sign for the last one's
+                part, the sign is not told again.
+        """
+        whole = "".join([self.push(token_id) for token_id in ids])
+        if self.holds_back and not text.endswith(whole[-_LONGEST_COMPARED:][-len(text) :]):
+            self.finish()
 
     def finish(self) -> str:
         """Return what was held back: the text of an unfinished character, or nothing."""

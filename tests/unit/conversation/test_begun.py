@@ -1,6 +1,7 @@
 """A reply whose beginning was given goes on, token by token as if it had been generated."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -161,3 +162,24 @@ def test_options_of_the_template_are_given_to_it(make_model: Callable[..., Model
     for wrong in wrongs:
         with pytest.raises(InvalidParameterError, match="template"):
             model.session_from([ASKED], template_options=wrong)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_reply_that_is_cut_anywhere_and_goes_on_says_the_same(
+    make_model: Callable[..., Model], *, as_text: bool
+) -> None:
+    """The reference model's tokens are bytes; this reply begins with a character of two."""
+    asked: Message = {"role": "user", "content": "a"}
+    whole = make_model().session_from([asked], params=LONG).respond(None)
+    assert whole.text.startswith("\x94")
+    ids = whole.node.token_ids
+    assert ids is not None
+    for place in range(1, len(ids)):
+        model = make_model()
+        session = model.session_from([asked])
+        cut = session.respond(None, params=replace(LONG, max_tokens=place))
+        if as_text:
+            session = model.session_from([asked, {"role": "assistant", "content": cut.text}])
+        rest = session.respond(None, params=replace(LONG, max_tokens=len(ids) - place))
+        assert rest.node.token_ids == ids
+        assert cut.text + rest.text == rest.node.content == whole.text

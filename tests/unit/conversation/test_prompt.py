@@ -672,3 +672,14 @@ def test_a_long_history_is_rendered_in_time_in_line_with_its_length(name: str) -
         PromptEncoder(template, ByteTokenizer()).encode(long_history(replies))
         rendered.append(template.rendered)
     assert rendered[1] < 6 * rendered[0], rendered
+
+
+@pytest.mark.parametrize(("thought", "said"), [("<think>hm</think>", "one"), ("<think>hm", "")])
+def test_reasoning_is_known_where_the_reply_was_cut_inside_of_a_character(
+    thought: str, said: str
+) -> None:
+    encode, _, tokenizer = encoder(TEMPLATES["keeps_last_reasoning"])
+    ids = [*tokenizer.encode(thought + said), *"🎉".encode()[:2]]
+    tree = Tree()
+    reply = tree.add(tree.root, "assistant", said, token_ids=tuple(ids), fingerprint="")
+    assert encode.before_said(reply) == thought

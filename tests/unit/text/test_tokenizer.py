@@ -78,6 +78,27 @@ def test_an_unfinished_character_comes_out_at_the_end() -> None:
     assert pieces(ByteTokenizer(), [0xE2, 0x82]) == ["", "", "\ufffd"]
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(ids=IDS, cuts=st.lists(st.integers(0, 20), max_size=3))
+def test_what_goes_on_anywhere_joins_to_the_text_of_all_ids(
+    kind: type[ByteTokenizer], ids: list[int], cuts: list[int]
+) -> None:
+    tokenizer, text, before = kind(), "", 0
+    for cut in [*sorted(cuts), len(ids)]:
+        detokenizer = Detokenizer(tokenizer)
+        detokenizer.follow(ids[:before], text)
+        text += "".join(detokenizer.push(number) for number in ids[before:cut])
+        before = max(before, min(cut, len(ids)))
+    assert text + detokenizer.finish() == tokenizer.decode(ids)
+
+
+def test_a_sign_for_half_a_character_that_is_out_is_not_told_twice() -> None:
+    """As replies that were cut were saved before, and as a text of a client may end."""
+    detokenizer = Detokenizer(ByteTokenizer())
+    detokenizer.follow(b"a\xef\xbf\xbd", "a\ufffd")
+    assert detokenizer.push(ord("b")) == "b"
+
+
 def test_a_long_reply_is_decoded_in_short_windows() -> None:
     class Counting(ByteTokenizer):
         longest = 0
