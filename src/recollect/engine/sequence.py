@@ -434,8 +434,9 @@ class Sequence:
 
     def leave_tail(self) -> None:
         """Let others find the last block, though it is not full; who writes on copies it then."""
-        cache, after, tail = self.memory.cache, self.last_full, self._tail()
-        if after is not None and tail and cache.parts != "none":
+        cache, after = self.memory.cache, self.last_full
+        # Without full blocks that others find, the tail would be all of a private history.
+        if after is not None and cache.parts != "none" and (tail := self._tail()):
             cache.insert(after, tail, self.blocks[len(self.chain)])
 
     def truncate(self, length: int) -> None:

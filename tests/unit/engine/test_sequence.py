@@ -1,6 +1,7 @@
 """A history and its KV are always consistent, and a rewind is exact."""
 
 import gc
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +139,24 @@ def test_a_rewind_is_exact_and_the_logits_there_are_those_of_a_fresh_prefill(
         engine.compute([sequence])
         assert same(sequence.logits, fresh_logits(ids[:length]))
         assert sequence.fed_tokens - len(ids) == (0 if length == len(ids) else 1)
+
+
+@pytest.mark.parametrize("namespace", ["", None])
+def test_a_rewind_copies_no_history(
+    namespace: str | None, make_engine: Callable[..., Engine]
+) -> None:
+    engine = make_engine(num_blocks=48, block_size=512, context_length=10_000)
+    sequence = engine.new_sequence(namespace)
+    sequence.append([number % 50 for number in range(9999)])
+    engine.compute([sequence])
+    fork = sequence.fork()
+    tracemalloc.start()
+    try:
+        fork.rewind_to(100)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20_000, "a list of all ids takes 80 kB"
 
 
 @pytest.mark.parametrize("length", [-1, 10, -(2**70), 2**70])
