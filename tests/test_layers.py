@@ -113,6 +113,7 @@ SINCE = (
     "guesses of what a reply says next",
     "the logits after prompts that were read lately",
     "how many threads of llama.cpp compute, and how they wait",
+    "text from ids as they come",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

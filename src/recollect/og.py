@@ -27,8 +27,8 @@ from recollect.engine.sampling import Generator as OwnGenerator
 from recollect.errors import RecollectError
 from recollect.models.catalog import LocalModel
 from recollect.models.openvino_folder import as_ids
+from recollect.text.detokenizer import Detokenizer
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import Detokenizer
 from recollect.types import Profile, RuntimeChoice, SamplingParams
 
 __all__ = [

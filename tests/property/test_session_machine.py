@@ -506,7 +506,8 @@ EXPECTED = (AssertionError,)
 def test_a_character_in_which_a_reply_was_cut_comes_with_the_rest() -> None:
     machine = SessionMachine()
     machine.begin()
-    session = machine.new(None)
+    session = machine.model.session()
+    machine.tips[session] = None
     machine.say(session, "a", 1, None)
     assert (session.tip.token_ids, session.tip.content) == ((0xC2,), "")
     machine.match(session, "")

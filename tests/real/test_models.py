@@ -13,9 +13,10 @@ from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.prompt import PromptEncoder
 from recollect.models.catalog import CATALOG, LocalModel
 from recollect.models.prepare import original_of, prepare
+from recollect.text.detokenizer import Detokenizer
 from recollect.text.file_tokenizers import HfTokenizer
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import Detokenizer, Tokenizer
+from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, SamplingParams
 
 pytestmark = pytest.mark.model

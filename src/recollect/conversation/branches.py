@@ -100,7 +100,6 @@ class BranchGeneration(ReplyGeneration):
             ahead=ahead,
             rules=prepared.rules,
             begun=prepared.begun,
-            follows=prepared.turn.asked.follows,
         )
         self.branch: Final = branch
         self.turn: Final = prepared.turn

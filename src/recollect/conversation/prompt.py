@@ -35,10 +35,11 @@ from recollect.conversation.matching import shared_characters
 from recollect.conversation.showing import FEW_REPLIES, Leads, Opening, Prompt, Rewritten
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
 from recollect.errors import InvalidParameterError, TemplateError
+from recollect.text.detokenizer import told_before
 from recollect.text.reasoning import ShowingTokenizer
 from recollect.text.reasoning_marks import says_nothing, says_the_same
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown, finished
+from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
 from recollect.text.tool_calls import CallRules
 from recollect.types import Message, Remembered, Role, ToolCall, common_prefix_length
 
@@ -333,11 +334,8 @@ class PromptEncoder:
         name = blake2b(array("i", reply.token_ids).tobytes(), digest_size=16).digest()
         known = self._written.get(name)
         if known is None:
-            rules = CallRules(self.tool_format)
-            text = ShowingTokenizer(self._tokenizer, marks, rules).decode(reply.token_ids)
-            if not reply.content or not text.endswith(reply.content):
-                text = finished(text)  # the reply was cut inside of a character
-            known = text.removesuffix(reply.content) if text.endswith(reply.content) else ""
+            shown = ShowingTokenizer(self._tokenizer, marks, CallRules(self.tool_format))
+            known = told_before(shown.decode(reply.token_ids), reply.content)
             self._written.put(name, known)
         return known
 

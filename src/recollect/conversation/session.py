@@ -596,7 +596,6 @@ class ReplyStream(ReplyGeneration):
             ahead=session._idle.ahead,
             rules=prepared.rules,
             begun=prepared.begun,
-            follows=prepared.turn.asked.follows,
         )
         self._session = session
         self._turn = prepared.turn

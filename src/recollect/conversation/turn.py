@@ -40,7 +40,7 @@ from recollect.errors import (
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
 from recollect.runtime.base import Reuse
-from recollect.text.reasoning import NO_REASONING, Begun, ReasoningWatch
+from recollect.text.reasoning import Begun, ReasoningWatch
 from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
@@ -154,24 +154,17 @@ class Asking:
     begun_ids: Sequence[int] = ()
     """What it was read as: the end of the prompt."""
 
-    @property
-    def follows(self) -> tuple[Sequence[int], str]:
-        """Return the ids and the text of the reply that goes on; both are empty where there is none."""
-        if self.begun is None:
-            return (), ""
-        thought = None if self.begun.links is None else self.begun.links.reasoning
-        return self.begun_ids, self.begun.content or thought or ""
-
     def reasoning(self, marks: ReasoningMarks | None) -> Begun:
-        """Return how reasoning stands where the reply begins."""
-        if marks is None:
-            return NO_REASONING
+        """Return how reasoning stands where the reply begins, and what it goes on with."""
         begun = Begun.of(marks, self.prompt.ending)
         if self.begun is None:
             return begun
         thought = None if self.begun.links is None else self.begun.links.reasoning
+        goes_on = replace(begun, ids=self.begun_ids, text=self.begun.content or thought or "")
+        if marks is None:
+            return goes_on
         is_inside = not self.begun.content and (begun.is_inside or thought is not None)
-        return Begun(marks, is_inside, is_closed=not is_inside)
+        return replace(goes_on, is_inside=is_inside, is_closed=not is_inside)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,9 @@ from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
 from recollect.runtime.sequences import common_length
-from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
-from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer, text_of
+from recollect.text.detokenizer import Detokenizer
+from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader
+from recollect.text.tokenizer import StopMatcher, Tokenizer, text_of
 from recollect.text.tool_calls import CallRules
 from recollect.types import Ended, FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
@@ -289,7 +290,6 @@ class ReplyGeneration:
         ahead: Sequence[ReadAhead] = (),
         rules: CallRules | None = None,
         begun: Begun = NO_REASONING,
-        follows: tuple[Sequence[int], str] = ((), ""),
     ) -> None:
         """
         Have it ready to begin.
@@ -301,13 +301,12 @@ class ReplyGeneration:
             ahead: What was computed of the prompt before.
             rules: What its calls of tools look like; None: it is text, and calls nothing.
             begun: How reasoning stands where it begins.
-            follows: The ids and the text of a reply that it is the rest of, at the end of the prompt.
         """
         self._engine = engine
         self._ahead = tuple(ahead)
         self._generator = generator
         self._tokenizer = tokenizer
-        self._begun, self._rules, self._follows = begun, rules, follows
+        self._begun, self._rules = begun, rules
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
@@ -334,10 +333,7 @@ class ReplyGeneration:
 
     @cached_property
     def _detokenizer(self) -> Detokenizer:
-        shown = ShowingTokenizer(self._tokenizer, self._begun.marks, self._rules)
-        detokenizer = Detokenizer(shown)
-        detokenizer.follow(*self._follows)
-        return detokenizer
+        return self._begun.detokenizer(self._tokenizer, self._rules)
 
     @property
     def text(self) -> str:
@@ -598,15 +594,13 @@ class ReplyGeneration:
         return positions
 
     def _piece_of(self, generated: _Generated | None) -> str:
-        """Return the text that can be given out now: with a token, or with the end of all."""
+        """Return the text that can be given out now: with a token, or what was held back, at the end."""
         if generated is not None:
             piece = self._matcher.push(self._decoded(*generated))
         else:
             cut: FinishReason = "length" if self._generation.ran_away else "cancelled"
             self._finish_reason = self._generator.finish_reason or cut
-            # What was held back because more was to come belongs to the reply. Only a character that
-            # a cut has left unfinished is not told: it comes with the rest, if the reply goes on.
-            rest = self._detokenizer.finish() if self._finish_reason == "stop" else ""
+            rest = self._detokenizer.finish(is_cut=self._finish_reason != "stop")
             piece = self._matcher.push(rest) + self._matcher.finish()
             self._read_to_end = self._is_whole = True
         if self.stop_string is not None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, Self
 
 from recollect.text.call_parts import before_mark, held
+from recollect.text.detokenizer import Detokenizer
 from recollect.text.reasoning_marks import ReasoningMarks
-from recollect.text.tokenizer import ControlTokens, Detokenizer, Tokenizer, decode_with_marks
+from recollect.text.tokenizer import ControlTokens, Tokenizer, decode_with_marks
 from recollect.text.tool_calls import (
     CallRules,
     ParsedReply,
@@ -213,7 +214,7 @@ Event = ReasoningDelta | SaidEvent
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """How reasoning stands where a reply begins."""
+    """How reasoning stands where a reply begins, and what it goes on with."""
 
     marks: ReasoningMarks | None = None
     """None: the model's template knows none."""
@@ -226,6 +227,10 @@ class Begun:
     """How calls are written that end reasoning, too; None: only its own mark does."""
     has_token: bool = False
     """Whether the mark of such calls is a control token."""
+    ids: Sequence[int] = ()
+    """Of the reply that it is the rest of; none where a new one begins."""
+    text: str = ""
+    """What was told of those, which lacks a character in which it was cut."""
 
     @classmethod
     def of(cls, marks: ReasoningMarks | None, prompt: str) -> Self:
@@ -240,6 +245,12 @@ class Begun:
         if not mark or len(tokenizer.encode(mark)) != 1 or format_.kind == "channels":
             return self
         return replace(self, calls=format_, has_token=mark in tokenizer.control_tokens.ids)
+
+    def detokenizer(self, tokenizer: Tokenizer, rules: CallRules | None) -> Detokenizer:
+        """Return what turns the reply's ids into text, marks of reasoning and of calls included."""
+        detokenizer = Detokenizer(ShowingTokenizer(tokenizer, self.marks, rules))
+        detokenizer.follow(self.ids, self.text)
+        return detokenizer
 
     def splitter(self) -> ReasoningSplitter | None:
         """Return what takes the reply apart; None where all of it is said."""

@@ -21,13 +21,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, Protocol
 
-_REPLACEMENT: Final = "\ufffd"
-# An unfinished character lacks at least one of its at most four bytes, so no more than three
-# replacement characters at the end of a text can still turn into something else.
-_LONGEST_UNFINISHED: Final = 3
-_LONGEST_COMPARED: Final = 16
-"""Characters at the end of two texts that tell whether one of them goes further."""
-
+REPLACEMENT: Final = "\ufffd"
+"""What decoding gives for bytes that are no character."""
 TEXT_MARKS: Final = (
     "<tool_call>",
     "</tool_call>",
@@ -338,7 +333,7 @@ class UnknownCharacters:
 
     def replaced(self, text: str) -> str:
         """Return a text with U+FFFD in the place of each character that cannot be spelled."""
-        characters = {one for one in {*text, _REPLACEMENT} if not "\ud800" <= one <= "\udfff"}
+        characters = {one for one in {*text, REPLACEMENT} if not "\ud800" <= one <= "\udfff"}
         with self._lock:
             new = [one for one in characters if one not in self._known]
             for start in range(0, len(new), self._AT_ONCE):
@@ -349,7 +344,7 @@ class UnknownCharacters:
                 self._known.clear()
         if unknown.isdisjoint(text):
             return text
-        instead = "?" if _REPLACEMENT in unknown else _REPLACEMENT
+        instead = "?" if REPLACEMENT in unknown else REPLACEMENT
         return "".join(instead if one in unknown else one for one in text)
 
 
@@ -437,87 +432,6 @@ def text_of(token_id: int, tokenizer: IdsToText) -> str:
     """Return the text of one id by itself; where what it adds is known, nothing is decoded."""
     added = tokenizer.added_text(token_id)
     return tokenizer.decode([token_id]) if added is None else added
-
-
-def finished(text: str) -> str:
-    """Return a decoded text without what may be the part of a character at its end."""
-    unfinished = len(text) - len(text.rstrip(_REPLACEMENT))
-    return text[: len(text) - min(unfinished, _LONGEST_UNFINISHED)]
-
-
-class Detokenizer:
-    """
-    Turns tokens into pieces of text as they come.
-
-    Owned by whoever streams one reply. A character is held back until all of its bytes are there.
-
-    Invariants:
-        1. The pieces joined, with what `finish` returns, equal `decode` of all ids, if no later id
-           changes the text before it (true of byte-level and sentencepiece vocabularies).
-        2. A piece is never taken back.
-    """
-
-    def __init__(self, tokenizer: IdsToText) -> None:
-        self._tokenizer = tokenizer
-        # The ids from which the next piece is decoded. The first `_settled` of them are context
-        # (some vocabularies drop a space at the very start of a text); their text is out already.
-        self._ids: list[int] = []
-        self._settled = 0
-        self._shown: str | None = ""
-        """The text of `_ids` that is out; None: all of it, and nobody has asked yet what that is."""
-        self.holds_back = False
-        """Whether a part of the text so far waits for the end of a character."""
-
-    def push(self, token_id: int) -> str:
-        """Return the text that *token_id* completes, which may be empty."""
-        if self._ids and len(self._ids) == self._settled:
-            added = self._tokenizer.added_text(token_id)
-            if added is not None:
-                self._ids, self._settled, self._shown = [token_id], 1, None
-                return added
-        self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids)
-        stable = finished(text)
-        self.holds_back = len(stable) < len(text)
-        piece = self._new_part(stable)
-        if piece and not self.holds_back:
-            self._move_window()
-        return piece
-
-    def follow(self, ids: Sequence[int], text: str) -> None:
-        """
-        Take the ids of a text that is out, before any other: what comes goes on with it.
-
-        Args:
-            ids: Of the text, and perhaps of others before it, shape `(n,)`. Where they end inside of
-                a character, it comes out with the id that completes it.
-            text: What is out. If that is more than whole characters, with a sign for the last one's
-                part, the sign is not told again.
-        """
-        whole = "".join([self.push(token_id) for token_id in ids])
-        if self.holds_back and not text.endswith(whole[-_LONGEST_COMPARED:][-len(text) :]):
-            self.finish()
-
-    def finish(self) -> str:
-        """Return what was held back: the text of an unfinished character, or nothing."""
-        piece = self._new_part(self._tokenizer.decode(self._ids))
-        self._ids, self._settled, self._shown = [], 0, ""
-        self.holds_back = False
-        return piece
-
-    def _new_part(self, text: str) -> str:
-        if self._shown is None:
-            self._shown = self._tokenizer.decode(self._ids[: self._settled])
-        if len(text) <= len(self._shown):
-            return ""
-        piece = text[len(self._shown) :]
-        self._shown = text
-        return piece
-
-    def _move_window(self) -> None:
-        """Forget all ids before the last piece, so that a long reply costs no more per token."""
-        self._ids = self._ids[self._settled :]
-        self._settled, self._shown = len(self._ids), None
 
 
 _ROOT: Final = 0

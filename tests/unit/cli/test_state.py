@@ -55,7 +55,7 @@ def test_the_line_tells_what_was_read_ahead_from_what_was_there_before() -> None
 
 def test_the_line_says_how_many_tokens_were_guessed() -> None:
     line = usage_line(reply(cost=replace(usage(), drafted_tokens=40, accepted_tokens=31)))
-    assert line.endswith(" tok/s (31 guessed)")
+    assert line.endswith(" tok/s (31 guessed right)")
 
 
 def test_speed_is_not_that_of_tokens_nobody_waited_for() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from recollect.conversation.formats import load_tokenizer
 from recollect.errors import UnsupportedModelError
 from recollect.models.prepare import prepare
+from recollect.text.detokenizer import Detokenizer
 from recollect.text.file_tokenizers import HfTokenizer, OpenVinoTokenizer
-from recollect.text.tokenizer import Detokenizer, Tokenizer
+from recollect.text.tokenizer import Tokenizer
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -6,8 +6,8 @@ import pytest
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.gguf_to_openvino import merges_of, write_tokenizer
+from recollect.text.detokenizer import Detokenizer
 from recollect.text.file_tokenizers import OpenVinoTokenizer
-from recollect.text.tokenizer import Detokenizer
 
 MakeGguf = Callable[..., Path]
 

@@ -13,7 +13,7 @@ from recollect.conversation.formats import load_tokenizer
 from recollect.errors import UnsupportedModelError
 from recollect.models.catalog import LocalModel
 from recollect.models.prepare import prepare
-from recollect.text.tokenizer import Detokenizer
+from recollect.text.detokenizer import Detokenizer
 
 
 @pytest.fixture

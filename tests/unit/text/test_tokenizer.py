@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.text.tokenizer import ByteTokenizer, Detokenizer, Tokenizer
+from recollect.text.detokenizer import Detokenizer
+from recollect.text.tokenizer import ByteTokenizer, Tokenizer
 
 
 class DroppingTokenizer(ByteTokenizer):
