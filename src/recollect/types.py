@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final, Generic, Literal, NotRequired, Self, TypedDict, TypeVar
 
-from recollect.errors import InvalidParameterError
+from recollect.errors import ContextFullError, InvalidParameterError, TokenIdError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why a reply ended. `stop`: at an end token or a stop string. `length`: at the limit of tokens or of the
@@ -454,6 +454,28 @@ class Usage:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""
         return asdict(self)
+
+
+def check_append(
+    token_ids: Sequence[int], length: int, vocab_size: int, context_length: int
+) -> None:
+    """
+    Refuse tokens that cannot be appended to a history of *length* tokens.
+
+    Raises:
+        TokenIdError: There are none, or one is outside the vocabulary.
+        ContextFullError: They do not fit the context.
+    """
+    if len(token_ids) == 0:
+        raise TokenIdError("There are no tokens to append: give at least one.")
+    for token in (min(token_ids), max(token_ids)):
+        if not 0 <= token < vocab_size:
+            raise TokenIdError(
+                f"Token id {token} is outside the vocabulary: ids go from 0 to {vocab_size - 1}."
+            )
+    needed = length + len(token_ids)
+    if needed > context_length:
+        raise ContextFullError(needed=needed, limit=context_length)
 
 
 def tokens_per_second(tokens: int, seconds: float) -> float | None:

@@ -40,7 +40,7 @@ from recollect.errors import (
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
 from recollect.runtime.base import Reuse
-from recollect.text.reasoning import Begun, ReasoningWatch
+from recollect.text.reasoning import NO_REASONING, Begun, ReasoningWatch
 from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
@@ -156,6 +156,8 @@ class Asking:
 
     def reasoning(self, marks: ReasoningMarks | None) -> Begun:
         """Return how reasoning stands where the reply begins, and what it goes on with."""
+        if marks is None and self.begun is None:
+            return NO_REASONING
         begun = Begun.of(marks, self.prompt.ending)
         if self.begun is None:
             return begun

@@ -22,6 +22,7 @@ from recollect.errors import MisuseError, RewindError
 from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.prefix import Match, PrefixCache
 from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId
+from recollect.types import check_append
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,8 @@ class Sequence:
             ContextFullError: They do not fit the context. Nothing was changed.
         """
         self._require_open()
-        self.memory.info.check_append(token_ids, len(self._token_ids))
+        info = self.memory.info
+        check_append(token_ids, len(self._token_ids), info.vocab_size, info.context_length)
         self._token_ids += array("q", token_ids)  # made first: all of them or none
         self.logits = None
         if self._ahead:

@@ -24,10 +24,8 @@ import numpy.typing as npt
 
 from recollect.errors import (
     ConfigError,
-    ContextFullError,
     MisuseError,
     RuntimeFailure,
-    TokenIdError,
 )
 from recollect.types import Parts
 
@@ -232,25 +230,6 @@ class RuntimeInfo:
             return blocks
         count, room = self.lanes.of_pool(num_blocks * self.block_size, self.context_length)
         return blocks + math.ceil(count * (self.lanes.fixed_bytes + room * self.lanes.token_bytes))
-
-    def check_append(self, token_ids: Sequence[int], length: int) -> None:
-        """
-        Refuse tokens that cannot be appended to a history of *length* tokens.
-
-        Raises:
-            TokenIdError: There are none, or one is outside the vocabulary.
-            ContextFullError: They do not fit the context.
-        """
-        if len(token_ids) == 0:
-            raise TokenIdError("There are no tokens to append: give at least one.")
-        for token in (min(token_ids), max(token_ids)):
-            if not 0 <= token < self.vocab_size:
-                raise TokenIdError(
-                    f"Token id {token} is outside the vocabulary: ids go from 0 to {self.vocab_size - 1}."
-                )
-        needed = length + len(token_ids)
-        if needed > self.context_length:
-            raise ContextFullError(needed=needed, limit=self.context_length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,11 @@ def test_the_answer_is_the_same_after_a_rewind_and_from_a_fresh_prefill(model: M
 
 
 @pytest.mark.slow
-def test_a_rewind_computes_nothing_and_the_question_alone_is_computed_again(model: Model) -> None:
+def test_neither_a_rewind_nor_the_question_asked_again_computes_anything(model: Model) -> None:
+    """Whether it is right is seen beside a fresh prefill: see the planted hole."""
     result = run_rewind_test(model)
     assert result.rewind_computed_tokens == 0
-    assert 0 < result.again_computed_tokens < result.length
+    assert result.again_computed_tokens == 0
 
 
 def test_a_planted_hole_fails_against_the_fresh_prefill(

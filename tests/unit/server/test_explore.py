@@ -117,8 +117,8 @@ def test_a_message_is_answered_so_often_as_is_said(
     nodes = client.get(f"{PATH}/{conversation}/tree").json()["nodes"]
     (parent,) = [one["id"] for one in nodes if one["role"] == "user"]
     assert sum(one["parent_id"] == parent for one in nodes) == 5
-    # Each feeds its last token again, and no more.
-    assert found["usage"]["recollect"]["computed_tokens"] == 4
+    # Not even the last token: the logits after the message are known.
+    assert found["usage"]["recollect"]["computed_tokens"] == 0
 
 
 def test_nothing_is_kept_that_is_not_to_be(

@@ -78,7 +78,7 @@ def test_what_one_key_goes_on_with_is_computed_again_for_another(
     client = start(keys=["operator", "a", "b"], operators=["operator"])
     post(client, "/v1/prewarm", MARK)
     first = ask(client, "a", "a secret " * 20)
-    assert computed(ask(client, "a", "a secret " * 20)) == 1
+    assert computed(ask(client, "a", "a secret " * 20)) == 0
     for key in ("b", "operator"):
         assert computed(ask(client, key, "a secret " * 20)) == computed(first) > 180
     other = ask(client, "b", "When?", system="You are a poet. " * 20)
