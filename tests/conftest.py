@@ -757,15 +757,16 @@ def nothing_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], SamplingParams]:
+def says(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | bytes], SamplingParams]:
     """Return what has a model with a byte per token say a text next, and how it is to be asked."""
     ids: list[int] = []
 
     def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
         return ids[len(history) - reply_start]
 
-    def say(text: str) -> SamplingParams:
-        ids[:] = [*text.encode(), *ByteTokenizer().encode(END_OF_TURN)]
+    def say(text: str | bytes) -> SamplingParams:
+        said = text.encode() if isinstance(text, str) else text
+        ids[:] = [*said, *ByteTokenizer().encode(END_OF_TURN)]
         return SamplingParams(max_tokens=400)
 
     monkeypatch.setattr(sampling, "choose_token", choose)

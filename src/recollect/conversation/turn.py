@@ -40,7 +40,8 @@ from recollect.errors import (
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
 from recollect.runtime.base import Reuse
-from recollect.text.reasoning import NO_REASONING, Begun, ReasoningWatch
+from recollect.text.detokenizer import whole_ids
+from recollect.text.reasoning import NO_REASONING, Begun, ReasoningWatch, ShowingTokenizer
 from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
@@ -154,7 +155,7 @@ class Asking:
     begun_ids: Sequence[int] = ()
     """What it was read as: the end of the prompt."""
 
-    def reasoning(self, marks: ReasoningMarks | None) -> Begun:
+    def reasoning(self, marks: ReasoningMarks | None, tokenizer: Tokenizer) -> Begun:
         """Return how reasoning stands where the reply begins, and what it goes on with."""
         if marks is None and self.begun is None:
             return NO_REASONING
@@ -166,7 +167,22 @@ class Asking:
         if marks is None:
             return goes_on
         is_inside = not self.begun.content and (begun.is_inside or thought is not None)
+        if not self.begun.content:  # it may have been cut before anything was told behind a mark
+            text = ShowingTokenizer(tokenizer, marks, None).decode(self.begun_ids)
+            is_inside = is_inside or marks.open.strip() in text
+            is_inside = is_inside and (marks.lead or marks.close).strip() not in text
         return replace(goes_on, is_inside=is_inside, is_closed=not is_inside)
+
+    def in_whole_characters(self, tokenizer: Tokenizer) -> "Asking":
+        """Return the same without the ids of a character's part, for what cannot begin inside of one."""
+        if self.begun is None:
+            return self
+        begun_ids = whole_ids(self.begun_ids, self.begun.content, tokenizer)
+        ids = self.prompt.token_ids
+        ids = ids[: len(ids) - len(self.begun_ids) + len(begun_ids)]
+        generated = min(self.prompt.generated_length, len(ids))
+        prompt = replace(self.prompt, token_ids=ids, generated_length=generated)
+        return replace(self, prompt=prompt, begun_ids=begun_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,12 +321,14 @@ class Prompting:
         """
         model, form = self._model, self._model.template.tool_format
         rules = tools.rules(params.grammar, form) if tools.schemas else None
+        if rules is not None or params.grammar is not None:
+            asked = asked.in_whole_characters(model.tokenizer)
         branch_point = 0
         if self._engine.info.reuse.whole_tails and asked.begun is None:
             branch_point = self._branch_point(asked, said, tools)
         sequence = self.sequence(asked.prompt.token_ids, asked.at, said)
         sequence.branch_point = branch_point
-        begun = asked.reasoning(model.template.reasoning)
+        begun = asked.reasoning(model.template.reasoning, model.tokenizer)
         if rules is not None and tools.choice != "none":
             begun = begun.with_calls(form, model.tokenizer)
         reasoning = model.tokenizer, begun
@@ -390,10 +408,21 @@ class Prompting:
             prompt = encoder.encode_typed(path, "", tools.schemas, role="assistant")
         except TemplateError:  # it refuses to end with a reply, or does not show one there
             prompt = encoder.encode(path, tools=tools.schemas)
+        if is_own and self._began_in_thought(begun):
+            prompt = encoder.encode(path, tools=tools.schemas)
         ids = prompt.token_ids + begun_ids
         known = len(ids) if is_own else prompt.generated_length
         prompt = replace(prompt, token_ids=ids, generated_length=known)
         return Asking(begun.parent, prompt, begun=begun, begun_ids=begun_ids)
+
+    def _began_in_thought(self, reply: Node) -> bool:
+        """Return whether a reply of this model may have begun behind a mark that its prompt had opened."""
+        marks = self._model.template.reasoning
+        if marks is None or not reply.token_ids:
+            return False
+        text = ShowingTokenizer(self._model.tokenizer, marks, None).decode(reply.token_ids)
+        is_open = not reply.content or marks.close.strip() in text
+        return is_open and marks.open.strip() not in text
 
     def typing(self, at: Node, text: str, tools: Tools) -> list[int]:
         """Return the ids of what is shown up to a node, and of a message that is being typed."""

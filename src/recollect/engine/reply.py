@@ -134,8 +134,8 @@ class _Generation:
         self.first_token_s: float | None = None
         self.tokens = 0
         """Generated so far, those of a stop string included."""
-        # Whoever wants a fixed length is measuring.
         self._watches = generator.params.end_repetition and not generator.params.ignore_eos
+        """Whether repetition ends it; whoever wants a fixed length is measuring."""
         self._repetition: Repetition | None = None
         self.ran_away = False
         """Whether it ended because it only repeated itself."""
@@ -315,8 +315,8 @@ class ReplyGeneration:
         self._task = self._generation.task
         self._since_s = self._generation.begun_s
         self._read = self._decoded_characters = 0
-        # Where the text can be cut between two tokens: after how many characters, and tokens.
         self._boundaries = [(0, 0)]
+        """Where the text can be cut between two tokens: after how many characters, and tokens."""
         self._pieces: list[str] = []
         self._logprobs = None if generator.params.logprobs is None else AlignedLogprobs(tokenizer)
         self._finish_reason: FinishReason | None = None
@@ -600,8 +600,7 @@ class ReplyGeneration:
         else:
             cut: FinishReason = "length" if self._generation.ran_away else "cancelled"
             self._finish_reason = self._generator.finish_reason or cut
-            rest = self._detokenizer.finish(is_cut=self._finish_reason != "stop")
-            piece = self._matcher.push(rest) + self._matcher.finish()
+            piece = self._matcher.finish(self._detokenizer.finish(is_cut=self._is_cut()))
             self._read_to_end = self._is_whole = True
         if self.stop_string is not None:
             self._read_to_end, self._is_whole, self._finish_reason = True, False, "stop"
@@ -622,7 +621,7 @@ class ReplyGeneration:
         self._reader.count(piece)
         self._read += 1
         self._decoded_characters += len(piece)
-        if not self._detokenizer.holds_back:
+        if self._detokenizer.ends_whole:
             self._boundaries.append((self._decoded_characters, self._read))
         if self._logprobs is not None and likelihood is not None:
             self._logprobs.add(likelihood, piece, whole=not self._detokenizer.holds_back)
@@ -633,13 +632,17 @@ class ReplyGeneration:
         Make the history end where *text* ends; return how many of the generated tokens stay.
 
         A token that reaches across the cut is replaced by the encoding of its part before it, so
-        that the history says what the reply says.
+        that the history says what the reply says; as far as it fits, because that may take more places
+        than there are at the end of a full context.
         """
         place = bisect_right(self._boundaries, len(text), key=itemgetter(0)) - 1
+        if text and not place and self._detokenizer.begins_inside:
+            place = (
+                1  # no ids are the rest of a character alone, so the token that ends it stays whole
+            )
         characters, keep = self._boundaries[place]
         self._generator.rewind_to(self._start + keep)
         rest = self._tokenizer.encode(text[characters:])
-        # A token cut at the end of a full context may take more places than there are.
         if rest := rest[: self._engine.info.context_length - len(self._sequence)]:
             self._sequence.append(rest)
         return keep

@@ -12,14 +12,13 @@ from recollect.text.tokenizer import REPLACEMENT, IdsToText
 # An unfinished character lacks at least one of its at most four bytes, so no more than three
 # replacement characters at the end of a text can still turn into something else.
 _LONGEST_UNFINISHED: Final = 3
-_LONGEST_COMPARED: Final = 16
-"""Characters at the end of two texts that tell whether one of them goes further."""
+_MOST_IDS_OF_PARTS: Final = 9
+"""That decode to so many signs, at three bytes each."""
 
 
 def finished(text: str) -> str:
     """Return a decoded text without what may be the part of a character at its end."""
-    unfinished = len(text) - len(text.rstrip(REPLACEMENT))
-    return text[: len(text) - min(unfinished, _LONGEST_UNFINISHED)]
+    return text[: len(text) - min(_signs(text), _LONGEST_UNFINISHED)]
 
 
 def told_before(text: str, told: str) -> str:
@@ -31,6 +30,25 @@ def told_before(text: str, told: str) -> str:
     if not told or not text.endswith(told):
         text = finished(text)
     return text.removesuffix(told) if text.endswith(told) else ""
+
+
+def lacks_part(text: str, told: str) -> bool:
+    """Return whether a decoded text ends with the part of a character that was not told of it."""
+    return _signs(told) < _signs(text)
+
+
+def whole_ids(ids: Sequence[int], told: str, tokenizer: IdsToText) -> Sequence[int]:
+    """Return the ids of a text without those of a character's part that was not told of it."""
+    text = tokenizer.decode(ids)
+    if not lacks_part(text, told):
+        return ids
+    wanted = finished(text)
+    shorter = (ids[:-count] for count in range(1, 1 + _MOST_IDS_OF_PARTS))
+    return next((one for one in shorter if tokenizer.decode(one) == wanted), ids)
+
+
+def _signs(text: str) -> int:
+    return len(text) - len(text.rstrip(REPLACEMENT))
 
 
 class Detokenizer:
@@ -55,9 +73,17 @@ class Detokenizer:
         """The text of `_ids` that is out; None: all of it, and nobody has asked yet what that is."""
         self.holds_back = False
         """Whether a part of the text so far waits for the end of a character."""
+        self.begins_inside = self._is_at_seam = False
+        """Whether what comes begins with the rest of a character."""
+        self.ends_whole = True
+        """
+        Whether the text that is out is that of the ids: no character is unfinished, or, where one was at
+        the beginning, that one is out.
+        """
 
     def push(self, token_id: int) -> str:
         """Return the text that *token_id* completes, which may be empty."""
+        self.ends_whole = True
         if self._ids and len(self._ids) == self._settled:
             added = self._tokenizer.added_text(token_id)
             if added is not None:
@@ -68,23 +94,29 @@ class Detokenizer:
         stable = finished(text)
         self.holds_back = len(stable) < len(text)
         piece = self._new_part(stable)
+        self.ends_whole = not self.holds_back or (self._is_at_seam and bool(piece))
+        self._is_at_seam &= not piece
         if piece and not self.holds_back:
             self._move_window()
         return piece
 
-    def follow(self, ids: Sequence[int], text: str) -> None:
+    def follow(self, ids: Sequence[int], told: str) -> None:
         """
         Take the ids of a text that is out, before any other: what comes goes on with it.
 
         Args:
             ids: Of the text, and perhaps of others before it, shape `(n,)`. Where they end inside of
                 a character, it comes out with the id that completes it.
-            text: What is out. If that is more than whole characters, with a sign for the last one's
-                part, the sign is not told again.
+            told: What is out. Where that has a sign for the part of a character at its end, as texts
+                of clients may, it is not told again.
         """
-        whole = "".join([self.push(token_id) for token_id in ids])
-        if self.holds_back and not text.endswith(whole[-_LONGEST_COMPARED:][-len(text) :]):
-            self.finish()
+        text = "".join([self.push(token_id) for token_id in ids])
+        if self.holds_back:
+            known = self._tokenizer.decode(self._ids)
+            if lacks_part(text + known[len(self._shown or "") :], told):
+                self.begins_inside = self._is_at_seam = True
+            else:
+                self._new_part(known)
 
     def finish(self, *, is_cut: bool = False) -> str:
         """

@@ -481,10 +481,11 @@ class StopMatcher:
         self._held = text[keep:]
         return text[:keep]
 
-    def finish(self) -> str:
-        """Return what was held back, now that no more text comes."""
+    def finish(self, last: str = "") -> str:
+        """Take the last text, and return it with what was held back, as far as it can be let through."""
+        piece = self.push(last)
         rest, self._held = self._held, ""
-        return rest
+        return piece + rest
 
     def _after(self, state: int, character: str) -> int:
         while character not in self._next[state]:

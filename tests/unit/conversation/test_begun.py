@@ -183,3 +183,24 @@ def test_a_reply_that_is_cut_anywhere_and_goes_on_says_the_same(
         rest = session.respond(None, params=replace(LONG, max_tokens=len(ids) - place))
         assert rest.node.token_ids == ids
         assert cut.text + rest.text == rest.node.content == whole.text
+
+
+TOOL: Any = {"type": "function", "function": {"name": "get", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_a_character_comes_whole_beside_tools_and_whoever_leaves_early(
+    make_model: Callable[..., Model], says: Callable[..., SamplingParams], *, with_tools: bool
+) -> None:
+    """Nothing that a grammar allows begins inside of a character, so that is generated anew there."""
+    whole = "hi😀b€".encode()
+    for place in range(1, len(whole)):
+        chat = make_model().session(tools=[TOOL] if with_tools else ())
+        cut = chat.respond("Q", params=replace(says(whole), max_tokens=place))
+        known = len(cut.text.encode()) if with_tools else place
+        with chat.stream(None, params=says(whole[known:])) as stream:
+            next(iter(stream))
+        content = chat.tip.content
+        assert "hi😀b€".startswith(content)
+        assert len(content) > len(cut.text)
+        assert ByteTokenizer().decode(chat.tip.token_ids or ()) == content

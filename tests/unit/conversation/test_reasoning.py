@@ -52,7 +52,7 @@ def user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-Says = Callable[[str], SamplingParams]
+Says = Callable[[str | bytes], SamplingParams]
 
 pytestmark = pytest.mark.usefixtures("nothing_read_ahead")
 
@@ -199,6 +199,24 @@ def test_a_reply_that_was_cut_while_it_thought_goes_on_thinking(
     assert chat.tip.content == "It is 1."
     reply = chat.respond("Two?", params=says("Yes"))
     assert reply.usage.reason in ("new", "template_rewrote")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_cut_inside_of_a_character_keeps_thoughts_and_answer_apart(
+    name: str, make_model: Callable[..., Model], says: Says
+) -> None:
+    opened = "" if name == "opens" else "<think>\n"
+    before_answer = f"{opened}😀h\n</think>\n\n".encode()
+    whole = before_answer + "😀b".encode()
+    inside = [place for place, byte in enumerate(whole) if byte & 0xC0 == 0x80]
+    for place in [*inside, len(before_answer)]:
+        chat = make_model(template=TEMPLATES[name]).session()
+        chat.respond("One?", params=replace(says(whole), max_tokens=place))
+        rest = chat.respond(None, params=says(whole[place:]))
+        assert chat.tip.links is not None, place
+        assert (chat.tip.links.reasoning, chat.tip.content) == ("😀h", "😀b"), place
+        assert chat.tip.token_ids == tuple(whole), place
+        assert rest.usage.computed_tokens == 1, "it goes on behind what it was generated behind"
 
 
 class Channels(ByteTokenizer):

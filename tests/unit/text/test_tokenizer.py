@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.text.detokenizer import Detokenizer
+from recollect.text.detokenizer import Detokenizer, whole_ids
 from recollect.text.tokenizer import ByteTokenizer, Tokenizer
 
 
@@ -91,6 +91,24 @@ def test_what_goes_on_anywhere_joins_to_the_text_of_all_ids(
         text += "".join(detokenizer.push(number) for number in ids[before:cut])
         before = max(before, min(cut, len(ids)))
     assert text + detokenizer.finish() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("told", ["\ufffd", "\ufffd" * 4, "x" + "\ufffd" * 40, "ab\ufffd"])
+def test_signs_that_a_client_sent_are_not_told_again(kind: type[ByteTokenizer], told: str) -> None:
+    tokenizer = kind()
+    detokenizer, ids = Detokenizer(tokenizer), tokenizer.encode(told)
+    detokenizer.follow(ids, told)
+    rest = [detokenizer.push(number) for number in tokenizer.encode(" cd")]
+    assert "".join(rest) == tokenizer.decode([*ids, *tokenizer.encode(" cd")])[len(told) :]
+
+
+def test_ids_of_a_part_that_was_not_told_can_be_left_out() -> None:
+    tokenizer, ids = ByteTokenizer(), list("a🎉".encode())
+    for count in (2, 3, 4):
+        assert whole_ids(ids[:count], "a", tokenizer) == [ord("a")]
+    assert whole_ids(ids, "a🎉", tokenizer) == ids
+    assert whole_ids(ids[:2], "a\ufffd", tokenizer) == ids[:2]
 
 
 def test_a_sign_for_half_a_character_that_is_out_is_not_told_twice() -> None:
