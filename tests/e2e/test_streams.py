@@ -205,9 +205,9 @@ def test_an_interrupt_while_the_command_starts_is_no_traceback(
 # a shell may have let interrupts be ignored in what runs behind it.
 STARTED = """
 import runpy, signal, sys
-import recollect  # without its commands, which take long; a busy machine finds even this late
 sys.orig_argv = ["python", "-m", "recollect", "models"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
+import recollect  # which is quick, and says what an interrupt does; its commands take long
 print("started", flush=True)
 sys.argv = ["-m", "models"]
 runpy.run_module("recollect", run_name="__main__", alter_sys=True)
