@@ -990,8 +990,8 @@ def test_four_ways_are_tried_compared_and_one_is_kept(
     boxes.nth(2).check()
     page.get_by_role("button", name="Compare two").click()
     assert "3 messages in common" in page.locator(".compare").inner_text()
-    assert page.locator("mark.less").count() > 0
-    assert page.locator("mark.more").count() > 0
+    # Replies are drawn: one of the two may have all that the other says, and more.
+    assert page.locator("mark.less, mark.more").count() > 0
     page.get_by_role("button", name="Explore").click()
     page.get_by_role("button", name="Keep this").nth(1).click()
     until(page, "!document.querySelector('.explore')")
