@@ -404,12 +404,13 @@ class Prompting:
         path, encoder = self._window.shown(begun.parent.path()), self._encoder
         is_own = encoder.is_own(begun)
         begun_ids = encoder.said_ids(begun)
-        try:
-            prompt = encoder.encode_typed(path, "", tools.schemas, role="assistant")
-        except TemplateError:  # it refuses to end with a reply, or does not show one there
-            prompt = encoder.encode(path, tools=tools.schemas)
         if is_own and self._began_in_thought(begun):
             prompt = encoder.encode(path, tools=tools.schemas)
+        else:
+            try:
+                prompt = encoder.encode_typed(path, "", tools.schemas, role="assistant")
+            except TemplateError:  # it refuses to end with a reply, or does not show one there
+                prompt = encoder.encode(path, tools=tools.schemas)
         ids = prompt.token_ids + begun_ids
         known = len(ids) if is_own else prompt.generated_length
         prompt = replace(prompt, token_ids=ids, generated_length=known)
