@@ -123,22 +123,22 @@ class PrefixCache:
             blocks.append(child)
             node, tokens = child, tokens + size
         node.last_used = self._uses
-        part, length = self._part(node, tuple(token_ids[tokens : tokens + size]))
+        part, length = self._part(node.children, tuple(token_ids[tokens : tokens + size]))
         if part is not None and self.parts != "none":
             part.last_used = self._uses
             blocks.append(part)
             tokens += length
         return Match(blocks, tokens)
 
-    def _part(self, node: CachedBlock, tokens: tuple[int, ...]) -> tuple[CachedBlock | None, int]:
+    def _part(self, found: Siblings, tokens: tuple[int, ...]) -> tuple[CachedBlock | None, int]:
         """
-        Return the block after *node* that goes on with the most of these tokens, and how many.
+        Return the one of some blocks that goes on with the most of these tokens, and how many.
 
         That may be a part of a block where blocks can be cut, and is else all of one, full or not.
         """
         if self.parts == "cut":
-            return node.children.nearest(tokens)
-        whole = node.children.parts_of(tokens)[-1:]
+            return found.nearest(tokens)
+        whole = found.parts_of(tokens)[-1:]
         return (whole[0], len(whole[0].token_ids)) if whole else (None, 0)
 
     def insert(
@@ -158,7 +158,7 @@ class PrefixCache:
         """
         self._uses += 1
         tokens = tuple(token_ids)
-        known, length = self._part(after, tokens)
+        known, length = self._part(after.children, tokens)
         if known is not None and length == len(tokens):
             known.last_used = self._uses
             return known
@@ -229,10 +229,10 @@ class PrefixCache:
             if (marked := self._pinned.get(public)) is None:
                 return
             tokens = tuple(token_ids[start : start + size])
-            theirs, length = marked.nearest(tokens)
-            if theirs is None or (self.parts != "cut" and length < size):
+            theirs, length = self._part(marked, tokens)
+            if theirs is None:
                 return
-            own, known = node.children.nearest(tokens)
+            own, known = self._part(node.children, tokens)
             if own is None or known < length:
                 own = self._add(node, theirs.token_ids, theirs.block)
             if length < size:
