@@ -114,6 +114,8 @@ SINCE = (
     "the logits after prompts that were read lately",
     "how many threads of llama.cpp compute, and how they wait",
     "text from ids as they come",
+    "a smaller model that guesses",
+    "what a memory budget holds, with that model's KV",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

@@ -11,6 +11,7 @@ Every exception that recollect raises on purpose.
     │   │   ├── ChecksumError       the downloaded file has another checksum
     │   │   └── OfflineError        it is not on this disk, and downloads are forbidden
     │   ├── UnsupportedModelError   it exists, but cannot be converted or run
+    │   │   └── DraftModelError     it cannot guess for the other one, which loads without it
     │   └── TemplateError           its chat template is missing or broken, or refuses the conversation
     ├── RuntimeFailure              the forward pass failed
     │   ├── TokenIdError            a token id is outside the vocabulary, or no token was given
@@ -103,6 +104,10 @@ class OfflineError(FetchError):
 
 class UnsupportedModelError(ModelError):
     """The model exists, but cannot be converted or run; the message names what is not supported."""
+
+
+class DraftModelError(UnsupportedModelError):
+    """One model cannot guess for another, which can be loaded without."""
 
 
 class TemplateError(ModelError):

@@ -13,13 +13,14 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from recollect.engine.drafts import Drafts, PassTimes
+from recollect.engine.draft_model import DraftModel
+from recollect.engine.drafts import Choose, Drafts, PassTimes
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.runtime.base import Pace, ReferenceRuntime
+from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Grammar, SamplingParams
 
@@ -61,10 +62,10 @@ class Oracle(Drafts):
         self.truth: dict[int, list[int]] = {}
         self._spoils, self._width, self._room = spoils, width, engine.info.context_length
 
-    def follow(self, sequence: TokenSequence, forced: Sequence[int] | None) -> None:
+    def follow(
+        self, sequence: TokenSequence, forced: Sequence[int], choose: Choose | None = None
+    ) -> None:
         """Guess what comes in the reply without guesses."""
-        if forced is None:
-            return
         truth, length = self.truth.get(sequence.tokens(0, 1)[0], []), len(sequence)
         comes = truth[length : length + min(self._width, self._room - length)]
         guesses = enumerate(comes, length)
@@ -230,6 +231,45 @@ def test_a_reply_that_is_generated_again_takes_few_passes(made: Made) -> None:
     assert told(again) == first
     assert engine.forward_passes - passes < LENGTH / 3
     assert again.usage().accepted_tokens > LENGTH / 2
+
+
+class Unlike(ReferenceRuntime):
+    """A model that is of one mind with the larger one but at some places."""
+
+    def forward(self, rows: Sequence[Row]) -> PassResult:
+        result = super().forward(rows)
+        if rows[-1].past % 5 == 0:
+            result = replace(result, logits=np.roll(result.logits, 1, axis=1))
+        return result
+
+
+def with_a_small_one(engine: Engine) -> Engine:
+    """Let a smaller model guess for an engine, which owns it then."""
+    runtime = Unlike(vocab_size=VOCAB, context_length=150, block_size=8)
+    small = Engine(runtime, num_blocks=64, eos_token_ids=engine.eos_token_ids)
+    assert engine.drafts is not None
+    engine.drafts.guesser = DraftModel(small, VOCAB)
+    return engine
+
+
+@pytest.mark.usefixtures("cheap_guesses")
+def test_with_a_smaller_model_all_kinds_are_the_same(
+    made: Made, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose guesses are right and wrong, and which gives up at the end of its context."""
+    monkeypatch.setattr(DraftModel, "pass_s", 0.02)
+    kinds = dict(KINDS)
+    for name, grammar in GRAMMARS.items():
+        kinds[name] = replace(FOLLOWED, seed=3, grammar=grammar)
+    plain, guessed = made(), with_a_small_one(made(draft=True))
+    fed = accepted = 0
+    for number, (kind, params) in enumerate(kinds.items(), start=1):
+        reply = begun(guessed, params, grammars, number)
+        assert told(reply) == told(begun(plain, params, grammars, number)), kind
+        fed += reply.usage().drafted_tokens
+        accepted += reply.usage().accepted_tokens
+        guessed.check()
+    assert 200 < accepted < fed
 
 
 @pytest.mark.usefixtures("cheap_guesses")

@@ -7,8 +7,9 @@ import pytest
 
 import recollect
 from recollect import config
+from recollect.engine.draft_model import DraftModel
 from recollect.engine.drafts import Drafts, PassTimes
-from recollect.types import Grammar, SamplingParams
+from recollect.types import Grammar, RuntimeChoice, SamplingParams
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -89,6 +90,32 @@ def test_replies_beside_each_other_are_the_same(model: recollect.Model, drafts: 
         tried.read()
         texts = {branch.index: branch.text for branch in tried.branches}
         assert [texts[index] for index in range(4)] == plain
+
+
+@pytest.fixture(scope="module")
+def drafting(model: recollect.Model) -> Iterator[recollect.Model]:
+    """Return the model in `exact` beside itself in `fast`, on the same runtime."""
+    runtime: RuntimeChoice = "llama" if model.engine.info.name.startswith("llama") else "openvino"
+    with recollect.load(
+        "smollm2", profile="exact", runtime=runtime, kv_disk=0, draft_model="smollm2"
+    ) as loaded:
+        yield loaded
+        loaded.engine.check()
+
+
+@pytest.mark.usefixtures("drafts")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_draft_model_guesses_changes_nothing(
+    model: recollect.Model, drafting: recollect.Model, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its numbers are rounded, and nearly all that it guesses is right, sampled or not."""
+    monkeypatch.setattr(DraftModel, "pass_s", 0.1)
+    plain = model.session(params=KINDS[kind], namespace="plain").respond(QUESTION)
+    guessed = drafting.session(params=KINDS[kind], namespace=kind).respond(QUESTION)
+    assert guessed.text == plain.text
+    assert guessed.finish_reason == plain.finish_reason
+    assert logprobs(guessed) == pytest.approx(logprobs(plain), abs=1e-3)
+    assert guessed.usage.accepted_tokens > 20
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """
 What is said to a model without a terminal: one question, a pipe, or a message in each line.
 
-Reads the messages, within bounds, and prints the replies: plain text, or one JSON object a turn.
+Reads the messages, and files with instructions, within bounds, and prints the replies: plain text, or one
+JSON object a turn.
 """
 
 import io
@@ -14,6 +15,7 @@ from typing import Final, TextIO
 
 from rich.console import Console
 
+from recollect import files
 from recollect.cli.display import fitted
 from recollect.conversation.session import Session
 from recollect.conversation.turn import Reply
@@ -22,6 +24,28 @@ from recollect.text.tool_calls import TextDelta
 
 MOST_CHARACTERS: Final = 16 * 2**20
 """Most characters in a message: the server takes as many bytes in a request, and /dev/zero has no end."""
+
+
+MOST_BYTES: Final = 64 * files.MIB
+"""Sixteen million tokens: more than any context holds."""
+
+
+def read_text(file: Path) -> str:
+    """
+    Return what is in a file, without the line ends after it.
+
+    Raises:
+        ConfigError: It cannot be read, is no file or too large, is not UTF-8 text, or has nothing in it.
+    """
+    try:
+        text = files.read_text(file, most_bytes=MOST_BYTES, encoding="utf-8-sig").rstrip()
+    except OSError as cause:
+        raise ConfigError(f"{file} cannot be read ({cause.strerror}): check the path.") from cause
+    except UnicodeDecodeError as cause:
+        raise ConfigError(f"{file} is not UTF-8 text: convert it first.") from cause
+    if not text:
+        raise ConfigError(f"{file} has no text in it: give another file.")
+    return text
 
 
 def one_message(question: str | None) -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
+from recollect.cli.batch import read_text
 from recollect.cli.display import (
     confirm,
     count,
@@ -36,7 +37,6 @@ from recollect.cli.options import (
     YesOption,
     has_store,
     open_store,
-    read_text,
     store_folder,
     takes_model_options,
 )

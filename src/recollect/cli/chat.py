@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from recollect import config, encryption
-from recollect.cli.batch import answer_all, one_message, open_prompts
+from recollect.cli.batch import answer_all, one_message, open_prompts, read_text
 from recollect.cli.display import format_bytes
 from recollect.cli.options import (
     MAKERS,
@@ -30,7 +30,6 @@ from recollect.cli.options import (
     model_option,
     open_checkpoints,
     open_journal,
-    read_text,
     sampling_option,
     takes_model_options,
     unlock_home,
@@ -427,7 +426,7 @@ def chat(
                 loaded,
                 session,
                 keep_history=opening.keep,
-                load_model=loading.load,
+                load_model=loading.load_another,
                 chosen=named,
                 plain=plain,
             )

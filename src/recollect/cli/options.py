@@ -9,6 +9,7 @@ Also the command `recollect encrypt`, and the names that a shell completes. Impo
 """
 
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,24 +23,26 @@ from typing import Annotated, Any, Final, get_args
 
 import typer
 
-from recollect import config, encryption, files
+from recollect import config, encryption
 from recollect.cli.display import progress_bar
 from recollect.config import DEFAULT_PROFILE
-from recollect.conversation.loading import llama_build, load, which_llama
+from recollect.conversation.loading import llama_build, load, require_guesses, which_llama
 from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE, Cipher
-from recollect.errors import ConfigError, RecollectError, StoreError
+from recollect.errors import ConfigError, DraftModelError, RecollectError, StoreError
 from recollect.journal.home import Checkpoints
 from recollect.journal.home import encrypt as encrypt_home
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import Page
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.models import stores
-from recollect.models.catalog import REFERENCE_NAME
+from recollect.models.catalog import REFERENCE_NAME, LocalModel
 from recollect.models.listing import installed
 from recollect.models.prepare import prepare
 from recollect.text import tool_formats
 from recollect.types import Profile, RuntimeChoice
+
+_log = logging.getLogger(__name__)
 
 NO_KV: Final = "There is no cache on this disk yet: `recollect chat` makes one."
 
@@ -243,24 +246,20 @@ OfflineOption = Annotated[
     bool,
     typer.Option(
         "--offline",
-        help="Download nothing: a model that is not on this disk is an error. RECOLLECT_OFFLINE=1 "
-        "does the same.",
+        help="Download nothing: a model that is not here is an error. Also RECOLLECT_OFFLINE=1.",
     ),
 ]
 EncryptOption = Annotated[
     bool,
     typer.Option(
         "--encrypt",
-        help="Encrypt the data folder with a passphrase first, if it is not encrypted yet; see "
-        "`recollect encrypt`.",
+        help="Encrypt the data folder with a passphrase first, if it is not: see `recollect encrypt`.",
     ),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 JsonOption = Annotated[
     bool,
-    typer.Option(
-        "--json", help="Print JSON in place of the list, with sizes in bytes and times in UTC."
-    ),
+    typer.Option("--json", help="Print JSON in place of the list, sizes in bytes, times in UTC."),
 ]
 """Of commands that list what there is."""
 JsonFileOption = Annotated[
@@ -370,9 +369,19 @@ class ModelOptions:
         ),
     ] = False
 
+    draft_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A smaller model with the same vocabulary that guesses what comes next, for speed. Its KV "
+            "is part of --kv-memory.",
+            show_default="none",
+        ),
+    ] = None
+
     def check(self) -> None:
         """
-        Raise what is wrong with the sizes, the layers, the format of calls and the setting for offline use.
+        Raise what is wrong with the sizes, the layers, the format of calls, guesses and offline use.
 
         Raises:
             ConfigError: One of them has no meaning.
@@ -380,6 +389,7 @@ class ModelOptions:
         self._sizes()
         self._layers()
         tool_formats.named(self.tool_format)
+        require_guesses(self.draft_model, self.profile or DEFAULT_PROFILE, draft=not self.no_draft)
         if self.engine is not None:
             from recollect.remote.probe import parsed  # noqa: PLC0415 - loads HTTP, which few need
 
@@ -398,8 +408,16 @@ class ModelOptions:
         self.check()
         if self.engine is not None:
             return  # only a tokenizer is needed, which takes no time
+        local = self._found(name)
+        if self.long_context:
+            local.for_long_context()  # raises if there is none
+        if self.draft_model is not None:
+            self._found(self.draft_model)
+
+    def _found(self, name: str) -> LocalModel:
+        """Return a model that is on this disk then, with a progress bar on a terminal's stderr."""
         with progress_bar(f"Preparing {name}") as progress:
-            local = prepare(
+            return prepare(
                 name,
                 home=config.home(),
                 allow_native_code=self.allow_native_code,
@@ -409,8 +427,14 @@ class ModelOptions:
                 llama=partial(which_llama, self.device),
                 llama_build=llama_build,
             )
-        if self.long_context:
-            local.for_long_context()  # raises if there is none
+
+    def load_another(self, name: str) -> Model:
+        """Return a model as `load` does, without the draft model where that cannot guess for it."""
+        try:
+            return self.load(name)
+        except DraftModelError as error:
+            _log.warning("%s Loaded without a draft model: %s.", error, name)
+            return replace(self, draft_model=None).load(name)
 
     def load(self, name: str) -> Model:
         """
@@ -442,6 +466,7 @@ class ModelOptions:
                 offline=self.offline or None,
                 engine=self.engine,
                 draft=not self.no_draft,
+                draft_model=self.draft_model,
             )
         if self.engine is None and self.runtime == "auto" and model.local.format == "gguf":
             device = model.engine.info.device
@@ -534,24 +559,3 @@ TemperatureOption = Annotated[
         default=MAKERS,
     ),
 ]
-
-MOST_BYTES: Final = 64 * files.MIB
-"""Sixteen million tokens: more than any context holds."""
-
-
-def read_text(file: Path) -> str:
-    """
-    Return what is in a file, without the line ends after it.
-
-    Raises:
-        ConfigError: It cannot be read, is no file or too large, is not UTF-8 text, or has nothing in it.
-    """
-    try:
-        text = files.read_text(file, most_bytes=MOST_BYTES, encoding="utf-8-sig").rstrip()
-    except OSError as cause:
-        raise ConfigError(f"{file} cannot be read ({cause.strerror}): check the path.") from cause
-    except UnicodeDecodeError as cause:
-        raise ConfigError(f"{file} is not UTF-8 text: convert it first.") from cause
-    if not text:
-        raise ConfigError(f"{file} has no text in it: give another file.")
-    return text

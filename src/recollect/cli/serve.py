@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from recollect import config, encryption
+from recollect.cli.batch import read_text
 from recollect.cli.display import count
 from recollect.cli.options import (
     USUAL,
     EncryptOption,
     ModelOptions,
     TemperatureOption,
-    read_text,
     takes_model_options,
     unlock_home,
 )
@@ -210,6 +210,8 @@ def serve(
     names = tuple(references)
     for reference in references.values():
         resolve(reference)
+    if loading.draft_model is not None:
+        resolve(loading.draft_model)
     loading.check()
     SamplingParams(temperature=temperature or 0.0)
     keys = keyring(KeyFile.in_home(home), _given_keys(api_key))
@@ -234,11 +236,12 @@ def serve(
         limits=Limits(concurrent=concurrent, queue=queue),
     )
     hub = hubs.ModelHub(
-        lambda name: loading.load(references[name]),
+        lambda name: loading.load_another(references[name]),
         names,
         aliases=settings.aliases,
         memory_bytes=None if memory is None else config.parse_size(memory),
         weight_bytes=lambda name: weight_bytes(references[name], home),
+        draft_bytes=0 if loading.draft_model is None else weight_bytes(loading.draft_model, home),
         context_length=cache(lambda name: known_context_length(references[name], home)),
         on_load=lambda model: hubs.publish_later(model, prompts),
     )

@@ -376,6 +376,7 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
     history = 0 if usage is None else usage["prompt_tokens"] + usage["generated_tokens"]
     return [
         ("model", f"{chat.model.name}, {how}"),
+        *([] if chat.model.draft_model is None else [("guessed by", chat.model.draft_model)]),
         ("runtime", engine.info.name),
         ("saved as", _saved_as(chat)),
         (
@@ -476,9 +477,9 @@ _MOST_CHARACTERS: Final = 600
 def welcome(chat: Chat) -> None:
     """Say what is spoken to, and show the end of what was said before."""
     model = chat.model
-    chat.note(
-        f"{model.name} · {model.elsewhere or model.profile} · {model.context_length:,} tokens of context"
-    )
+    guessed = "" if model.draft_model is None else f", guessed by {model.draft_model}"
+    where = model.elsewhere or model.profile
+    chat.note(f"{model.name}{guessed} · {where} · {model.context_length:,} tokens of context")
     chat.note("? lists commands and keys, Ctrl-D leaves")
     if not chat.session.conversation.is_saved:
         chat.note("Nothing of this chat is saved (--no-save).")

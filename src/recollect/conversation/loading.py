@@ -9,6 +9,7 @@ that KV to a model's store. `journal.portable` reads and checks the files themse
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,17 +21,20 @@ from recollect.conversation.formats import RunOptions, load_runtime, load_tokeni
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.encryption import KV_PURPOSE, Cipher
+from recollect.engine.draft_model import SmallModel
+from recollect.engine.drafts import Drafts
 from recollect.engine.pinning import in_memory, require_tier
-from recollect.errors import ConfigError, StoreError, UnsupportedModelError
+from recollect.errors import ConfigError, DraftModelError, StoreError, UnsupportedModelError
 from recollect.journal.portable import Branch, BranchHead, CarriedBlock, PortableFile
 from recollect.kv.disk import STORE_FOLDER, DiskStore, NewBlock, is_there, open_existing
 from recollect.kv.environment import translated
 from recollect.kv.record import Key, chained_key
-from recollect.models.catalog import DEFAULT_MODEL
+from recollect.models.catalog import DEFAULT_MODEL, LocalModel
 from recollect.models.prepare import Llama, prepare
 from recollect.models.tokenizer_folder import prepare_tokenizer
 from recollect.runtime.base import PagedRuntime
 from recollect.text import tool_formats
+from recollect.text.tokenizer import Tokenizer
 from recollect.types import Profile, Progress, RuntimeChoice, no_progress
 
 _log = logging.getLogger(__name__)
@@ -56,6 +60,7 @@ def load(
     tool_format: str | None = None,
     engine: str | None = None,
     draft: bool = True,
+    draft_model: str | os.PathLike[str] | None = None,
 ) -> Model:
     """
     Return a loaded model, after fetching and converting it if that is needed.
@@ -98,10 +103,14 @@ def load(
             runs here.
         draft: Whether replies that repeat what was said may take several tokens from one pass, where the
             runtime can; see `docs/drafts.md`. An engine elsewhere decides that itself.
+        draft_model: A smaller model with the same vocabulary, named as *model* is, that guesses what comes
+            next where nothing that was said tells; see `docs/drafts.md`. It takes memory of its own, and its
+            KV is part of `kv_memory`. None: none is asked.
 
     Raises:
         EngineUnavailableError: No engine answers.
         ModelError: The model cannot be fetched or read; the subclass says which.
+        DraftModelError: The draft model has another vocabulary, or the runtime cannot use its guesses.
         ConfigError: `kv_memory` or `kv_disk` is less than a block, there is no such profile or format of
             calls, the model has no long context, or the data folder is encrypted with another key.
         StoreError: The KV store cannot be opened.
@@ -125,13 +134,15 @@ def load(
             "long_context": long_context or None,
             "runtime": None if runtime == "auto" else runtime,
             "store": store,
+            "draft_model": draft_model,
         }
         _require_none_of(given)
         return _with_engine(
             engine, str(model), home, profile, cipher, tool_format, progress, offline=offline
         )
-    local = prepare(
-        str(model),
+    require_guesses(draft_model, profile, draft=draft)
+    found = partial(
+        prepare,
         home=home,
         allow_native_code=allow_native_code,
         progress=progress,
@@ -140,12 +151,22 @@ def load(
         llama=partial(which_llama, device),
         llama_build=llama_build,
     )
+    local = found(str(model))
     if long_context:
         local = local.for_long_context()
     options = RunOptions(
         profile=profile, home=home, device=device, gpu_layers=gpu_layers, kv_type=kv_type
     )
+    tokenizer = None
+    if draft_model is not None:
+        tokenizer, smaller = load_tokenizer(local), found(str(draft_model))
+        _require_one_vocabulary(local, tokenizer, smaller)
     loaded = load_runtime(local, options)
+    small = None
+    if draft_model is not None:
+        small = _small_model(
+            smaller, loaded, replace(options, profile="fast", kv_type=None, gpu_layers=None)
+        )
     store = store or _store(home, kv_disk, cipher, loaded)
     try:
         return Model(
@@ -157,12 +178,86 @@ def load(
             store=store,
             cipher=cipher,
             tool_format=tool_format,
+            tokenizer=tokenizer,
             draft=draft,
+            small=small,
         )
     except BaseException:
         if store is not None:
             store.close()
         raise
+
+
+def require_guesses(
+    draft_model: str | os.PathLike[str] | None, profile: Profile, *, draft: bool
+) -> None:
+    """
+    Check that a draft model is given only where guesses can be used.
+
+    Raises:
+        ConfigError: One is, and guesses are turned off, or the profile has none.
+    """
+    if draft_model is None:
+        return
+    if not draft:
+        raise ConfigError(
+            "A draft model is of no use where guesses are turned off (--no-draft, draft=False): leave one of "
+            "both out."
+        )
+    if profile == "small":
+        raise ConfigError(
+            "A draft model is of no use in the profile small, which cannot take a wrong guess back: leave it "
+            "out, or give another profile."
+        )
+
+
+def _require_one_vocabulary(local: LocalModel, tokenizer: Tokenizer, smaller: LocalModel) -> None:
+    """
+    Check that the ids that two models both have stand for the same, and that marks of turns are among them.
+
+    Raises:
+        DraftModelError: They do not, or are not.
+    """
+    vocabulary = tokenizer.vocabulary
+    one, other = vocabulary.token_bytes, load_tokenizer(smaller).vocabulary.token_bytes
+    shared = min(len(one), len(other))  # models of one family differ in how they pad it
+    template = (local.chat_template or "").encode()
+    marks = (id_ for id_ in vocabulary.special_token_ids if id_ >= shared)
+    if one[:shared] != other[:shared] or any(one[id_] and one[id_] in template for id_ in marks):
+        raise DraftModelError(
+            f"{smaller.name} cannot guess for {local.name}, because it has other tokens: give a smaller "
+            "model of the same family."
+        )
+    if (size := _weights(smaller)) and size >= _weights(local):
+        _log.warning(
+            "%s is no smaller than %s, so that its guesses cost what they save: give a smaller model.",
+            smaller.name,
+            local.name,
+        )
+
+
+def _weights(local: LocalModel) -> int:
+    """Return the size of a model's weights on disk in bytes; 0: it has none of its own."""
+    if local.folder is None:
+        return 0
+    graph = local.folder / local.graph
+    return sum(one.stat().st_size for one in (graph, graph.with_suffix(".bin")) if one.is_file())
+
+
+def _small_model(smaller: LocalModel, large: PagedRuntime, options: RunOptions) -> SmallModel:
+    """
+    Return a model that guesses, loaded. In `fast`, since no reply depends on its numbers.
+
+    Raises:
+        DraftModelError: The larger model's runtime cannot take back what was guessed wrong.
+    """
+    if Drafts.over(large.info) is None:
+        large.close()
+        raise DraftModelError(
+            f"{smaller.name} cannot guess here, because {large.info.name} cannot take a wrong guess back "
+            "(docs/drafts.md says where that works): leave the draft model out."
+        )
+    return SmallModel(smaller.name, smaller.fingerprint, load_runtime(smaller, options))
 
 
 def _require_none_of(given: Mapping[str, object]) -> None:

@@ -2,19 +2,17 @@
 A loaded model, and warm texts.
 
 `Model` owns a runtime, a tokenizer, an engine and a journal, which its sessions share; `loading` makes
-one, and `pool_size` returns how many blocks of KV a memory budget holds. `warm` computes the KV of a
-system prompt, or of the beginning of a first message, and pins it on disk without the text.
+one. `warm` computes the KV of a system prompt, or of the beginning of a first message, and pins it on disk
+without the text.
 """
 
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from recollect import config
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.costs import Costs, GoingOn
 from recollect.conversation.feed import Feed, Hook
@@ -25,21 +23,22 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, ToolChoice, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
 from recollect.encryption import Cipher
+from recollect.engine.budget import pool_size
 from recollect.engine.decoder import Decoder
+from recollect.engine.draft_model import DraftModel, SmallModel
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.engine.tier import DiskTier
-from recollect.errors import ConfigError, ConversationError, UnknownConversationError
+from recollect.errors import ConversationError, UnknownConversationError
 from recollect.journal.conversation_files import path_from_json
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Hit, Page, require_name
-from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, StoredReply, chained_keys
 from recollect.models.catalog import LocalModel
-from recollect.runtime.base import PagedRuntime, RuntimeInfo
+from recollect.runtime.base import PagedRuntime
 from recollect.text import tool_formats
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
@@ -148,42 +147,6 @@ def _warmed(
     )
 
 
-CONTEXTS_IN_POOL: Final = 4
-"""By default the pool holds at most this many full contexts: one for a conversation, the rest for its
-branches and for others. Pages that are never written take no memory."""
-
-
-def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
-    """
-    Return how many blocks a memory budget in bytes holds.
-
-    What a runtime takes besides the blocks counts too.
-
-    Raises:
-        ConfigError: The budget holds not even one, or is more than the machine has.
-    """
-    if kv_memory is None:
-        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
-        return max(1, _blocks_within(config.default_kv_memory_bytes(), info, blocks_of_contexts))
-    machine = config.machine_memory_bytes()
-    if kv_memory > machine:
-        raise ConfigError(
-            f"{kv_memory:,} bytes for KV are more than the {machine:,} bytes of memory that this machine "
-            "has: give less."
-        )
-    blocks = _blocks_within(kv_memory, info, kv_memory // info.bytes_per_block)
-    if blocks < 1:
-        besides = "" if info.lanes is None else " and what computes on it"
-        raise ConfigError(
-            f"{kv_memory:,} bytes hold no KV block{besides}: give at least {info.kv_bytes(1):,}."
-        )
-    return blocks
-
-
-def _blocks_within(budget: int, info: RuntimeInfo, most: int) -> int:
-    return bisect_right(range(1, most + 1), budget, key=info.kv_bytes)
-
-
 class _Notes(GrammarNotes):
     """The grammars that were used last with a model, in the KV store: as secret as replies there."""
 
@@ -223,6 +186,7 @@ class Model:
         tokenizer: Tokenizer | None = None,
         engine: Engine | None = None,
         draft: bool = False,
+        small: SmallModel | None = None,
     ) -> None:
         """
         Make a model from its loaded parts; `load` is the usual way.
@@ -239,6 +203,10 @@ class Model:
             tokenizer: Of the model, where it is loaded already.
             engine: What computes, with *runtime*; the model owns it from now on. None: one is made.
             draft: As in `load`, for the engine that is made.
+            small: What guesses for it, where *draft* is; None: nothing but what was said.
+
+        Raises:
+            ConfigError: As in `load`.
         """
         self.name: Final = local.name
         self.local: Final = local
@@ -267,12 +235,23 @@ class Model:
         )
         self.engine: Final = engine or Engine(
             runtime,
-            num_blocks=pool_size(runtime.info, kv_memory),
+            num_blocks=pool_size(
+                runtime.info, kv_memory, beside=None if small is None else small.runtime.info
+            ),
             eos_token_ids=local.eos_token_ids,
             fingerprint=local.fingerprint,
             store=store,
             draft=draft,
         )
+        self.draft_model: Final = None if small is None else small.name
+        """The name of the model that guesses for this one; None: there is none."""
+        self.kv_bytes = self.engine.info.kv_bytes(self.engine.pool.num_blocks)
+        """How much memory KV takes at most, that of the draft model included."""
+        if small is not None:
+            assert self.engine.drafts is not None, "guesses are wanted, and the runtime takes them"
+            self.engine.drafts.guesser = guesser = DraftModel.beside(self.engine, small)
+            self.engine.drafts.tasks = self.engine.tasks
+            self.kv_bytes += guesser.kv_bytes
         self.grammars: Final = Grammars(
             self.tokenizer,
             vocab_size=runtime.info.vocab_size,

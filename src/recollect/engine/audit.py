@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Several
 
+from recollect.engine.drafts import Drafts
 from recollect.engine.scheduler import MOST_CREDIT, MOST_SPARE, Scheduler
 from recollect.engine.sequence import Memory, Sequence
 from recollect.kv.accounts import MOST_EVICTED_NAMES
@@ -123,6 +124,17 @@ def check_scheduler(scheduler: Scheduler) -> None:
     turns = scheduler._turns
     for fed in turns._fed.values():
         assert turns._most - MOST_CREDIT < fed <= turns._most, "an account is out of range"
+
+
+def check_drafts(drafts: Drafts | None) -> None:
+    """
+    Verify the invariants of the smaller model that guesses, if there is one.
+
+    Raises:
+        AssertionError: One does not hold.
+    """
+    if drafts is not None and drafts.guesser is not None:
+        drafts.guesser.check()
 
 
 def _check_node(cache: PrefixCache, cached: CachedBlock) -> None:

@@ -7,7 +7,7 @@ what followed there. `PassTimes` knows what wider passes cost on this machine. `
 for each reply: it has as many guesses fed behind the last token as should save time, judging by how many
 were right lately. The engine then has the logits after each guess, and the reply chooses its tokens from
 these as it would have without guesses. A guess is kept where the reply chooses the same token; nothing else
-depends on it. Knows token ids alone.
+depends on it. A smaller model can be asked as well (`engine.draft_model`). Knows token ids alone.
 """
 
 from array import array
@@ -16,15 +16,17 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from functools import partial
 from math import inf
-from typing import Final
+from typing import Final, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
+from recollect.engine.decoder import Task
 from recollect.engine.sequence import Sequence
-from recollect.runtime.base import Row, RuntimeInfo
+from recollect.runtime.base import Logits, Row, RuntimeInfo
 from recollect.runtime.sequences import common_length
 
 TokenArray = npt.NDArray[np.int64]
@@ -254,13 +256,78 @@ _MEMORY: Final = 0.9
 _LEAST_GAIN: Final = 1.03
 """By how much guesses must pay: choosing from more logits takes time, too."""
 
+Choose = Callable[[Logits, Tokens[int]], int]
+"""Returns what a reply would choose by logits, behind its history and some guesses."""
+
+
+class Guessable(Protocol):
+    """A reply whose tokens can be guessed; see `engine.sampling.Generator`."""
+
+    @property
+    def sequence(self) -> Sequence:
+        """Return its history."""
+
+    def forced_tokens(self) -> Tokens[int]:
+        """Return what is known to come next, if anything is."""
+
+    def would_choose(self, logits: Logits, guessed: Tokens[int]) -> int:
+        """Return what it would choose by other logits; see `Choose`."""
+
+
+class Asked(Protocol):
+    """A smaller model beside one reply; see `engine.draft_model`."""
+
+    def grow(self, came: Tokens[int]) -> None:
+        """Take note of what has come, which the history has already; its guesses were right or not."""
+
+    def guess(
+        self,
+        most: int,
+        least: float,
+        times: PassTimes,
+        choose: Choose,
+        goes_on: Callable[[], bool],
+    ) -> list[int]:
+        """
+        Return what to feed, at most so many guesses; none where that would not pay.
+
+        Args:
+            most: Guesses, at least one.
+            least: Tokens per second that are to be had without.
+            times: What wider passes take.
+            choose: What the reply would choose.
+            goes_on: Returns whether nobody waits, asked before each pass.
+        """
+
+    def close(self) -> None:
+        """Give the memory back; what was read can be found."""
+
+
+class Guesser(Protocol):
+    """A smaller model; see `engine.draft_model`."""
+
+    def follow(self, history: "array[int]", namespace: str | None) -> Asked:
+        """Return what follows a reply whose history grows."""
+
+    def check(self) -> None:
+        """Verify the invariants."""
+
+    def close(self) -> None:
+        """Give the memory back. May be called again."""
+
 
 class _Reply:
     """A reply that is followed: what was said so far, and how often guesses were right in it."""
 
-    def __init__(self, namespace: "_Namespace", history: TokenArray) -> None:
+    def __init__(
+        self,
+        namespace: "_Namespace",
+        history: TokenArray,
+        asked: Callable[["array[int]"], Asked] | None,
+    ) -> None:
         self._namespace = namespace
         self._text, self._history = namespace.begin(history)
+        self._asked = None if asked is None else asked(self._history)
         self._guess = Guess([])
         self._is_forced = False
         self._right = [_PRIOR_WEIGHT * one for one in _PRIORS]
@@ -282,12 +349,23 @@ class _Reply:
                 break
         self._history.extend(came)
         self._namespace.index.extend(self._text, came)
+        if self._asked is not None:
+            self._asked.grow(came)
 
-    def guess(self, forced: Tokens[int], most: int, most_alike: int, times: PassTimes) -> list[int]:
+    def guess(
+        self,
+        forced: Tokens[int],
+        most: int,
+        most_alike: int,
+        times: PassTimes,
+        choose: Choose | None = None,
+        is_alone: Callable[[], bool] = lambda: True,
+    ) -> list[int]:
         """
         Return what the next pass should be fed behind the history; none where it would not pay.
 
-        At most *most*, and *most_alike* of what is not being copied from a prompt.
+        At most *most*, and *most_alike* of what is not being copied from a prompt. A smaller model is asked
+        only while this reply *is_alone*: others would wait for it.
         """
         self._is_forced = bool(forced)
         self._guess = (
@@ -306,8 +384,16 @@ class _Reply:
                 now = (others + expected) / times.of(others + 2 + number)
                 if now > gain:
                     best, gain = number + 1, now
-        self.width = 1 + best
-        return self._guess.token_ids[:best]
+        guesses = self._guess.token_ids[:best]
+        if self._asked is not None and choose is not None and not forced and is_alone():
+            guesses = self._asked.guess(most_alike, gain, times, choose, is_alone) or guesses
+        self.width = 1 + len(guesses)
+        return guesses
+
+    def close(self) -> None:
+        """Let the smaller model give its memory back."""
+        if self._asked is not None:
+            self._asked.close()
 
     def _kind(self, number: int) -> int:
         """Return which of `_PRIORS` that guess is of; the guesses before it are taken to be right."""
@@ -372,6 +458,10 @@ class Drafts:
         self._replies: WeakKeyDictionary[Sequence, _Reply] = WeakKeyDictionary()
         self._learned: deque[tuple[str, Tokens[int]]] = deque(maxlen=_MOST_LEARNED)
         self.times: Final = PassTimes()
+        self.guesser: Guesser | None = None
+        """A smaller model that is asked too, owned from then on; None: there is none."""
+        self.tasks: Callable[[], Iterable[Task]] = list
+        """Returns what the engine has to do: a smaller model is asked where that is one reply."""
 
     @classmethod
     def over(cls, info: RuntimeInfo) -> "Drafts | None":
@@ -383,55 +473,83 @@ class Drafts:
         """Return about how much memory is taken, which is bounded by `MOST_BYTES`."""
         return sum(one.bytes for one in self._namespaces.values())
 
+    def close(self) -> None:
+        """Give the smaller model's memory back. May be called again."""
+        if self.guesser is not None:
+            self.guesser.close()
+
     def learn(self, namespace: str, texts: Iterable[Tokens[int]]) -> None:
         """Take texts that replies of a namespace may repeat, such as those of other branches."""
         self._learned.extend((namespace, ids) for ids in texts)
 
     def following(
-        self,
-        on_logits: Callable[[], bool],
-        sequence: Sequence,
-        forced: Callable[[], Tokens[int]],
-    ) -> Callable[[], bool]:
+        self, reply: Guessable, on_logits: Callable[[], bool], on_end: Callable[[], None]
+    ) -> tuple[Callable[[], bool], Callable[[], None]]:
         """
-        Return a task's callback that does what another does, and has the reply followed.
+        Return a task's callbacks that do what others do, and have the reply followed.
 
         Args:
+            reply: What is generated.
             on_logits: Appends one token; returns whether the reply goes on.
-            sequence: What it appends to.
-            forced: Returns what is known to come next, if anything is.
+            on_end: Called when the task is over.
         """
+        sequence = reply.sequence
 
         def choosing() -> bool:
             goes_on = on_logits()
-            if not goes_on:
-                self.follow(sequence, None)
-            elif sequence.logits is None:  # all that was guessed is judged
-                self.follow(sequence, forced())
+            if goes_on and sequence.logits is None:  # all that was guessed is judged
+                self.follow(sequence, reply.forced_tokens(), reply.would_choose)
             return goes_on
 
-        return choosing
+        def ending() -> None:
+            try:
+                self.end(sequence)
+            finally:
+                on_end()
 
-    def follow(self, sequence: Sequence, forced: Tokens[int] | None) -> None:
+        return choosing, ending
+
+    def end(self, sequence: Sequence) -> None:
+        """Take what a reply has said last, and follow it no more; however its task ends."""
+        if (reply := self._replies.pop(sequence, None)) is not None:
+            reply.grow(sequence.tokens(len(reply)))
+            reply.close()
+            self._make_room()
+
+    def follow(self, sequence: Sequence, forced: Tokens[int], choose: Choose | None = None) -> None:
         """
         Have the next pass verify guesses behind the history of a reply, as many as pay.
 
         Args:
             sequence: Its history, which may have grown since the last call.
-            forced: What is known to come next, if anything is; None: the reply has ended.
+            forced: What is known to come next, if anything is.
+            choose: What it would choose by the logits of a smaller model; None: none is asked.
         """
         reply = self._replies.get(sequence)
         if reply is None:
-            reply = _Reply(self._begun(sequence.namespace), sequence.history)
+            asked = None
+            if self.guesser is not None:
+                asked = partial(self.guesser.follow, namespace=sequence.namespace)
+            reply = _Reply(self._begun(sequence.namespace), sequence.history, asked)
             self._replies[sequence] = reply
         else:
             reply.grow(sequence.tokens(len(reply)))
-        if forced is None:
-            del self._replies[sequence]
-            self._make_room()
-        elif sequence.logits is None:
+        if sequence.logits is None:
             most = min(self._most, self._context_length - len(sequence))
-            sequence.draft = reply.guess(forced, most, self._most_alike, self.times)
+            sequence.draft = reply.guess(
+                forced,
+                most,
+                min(most, self._most_alike),
+                self.times,
+                choose,
+                partial(self._is_alone, sequence),
+            )
+
+    def _is_alone(self, sequence: Sequence) -> bool:
+        """Return whether a reply goes on and nobody else waits for anything."""
+        return not any(
+            task.cancelled if task.sequence is sequence else not task.idle for task in self.tasks()
+        )
 
     @property
     def _most_alike(self) -> int:

@@ -16,7 +16,7 @@ from functools import partial
 from time import perf_counter, sleep
 from typing import Final
 
-from recollect.engine.audit import check_memory, check_scheduler
+from recollect.engine.audit import check_drafts, check_memory, check_scheduler
 from recollect.engine.decoder import Task
 from recollect.engine.drafts import Drafts
 from recollect.engine.scheduler import Chunks, Room, Scheduler
@@ -192,6 +192,7 @@ class Engine:
         with self._round, self.lock:
             check_memory(self.memory, [] if self.tier is None else self.tier.leased_blocks)
             check_scheduler(self._scheduler)
+            check_drafts(self.drafts)
 
     def close(self) -> None:
         """
@@ -213,8 +214,9 @@ class Engine:
         atexit.unregister(self._at_exit)
         if thread is not None:
             thread.join()
-        if self.tier is not None:
-            self.tier.close()
+        for owned in (self.tier, self.drafts):
+            if owned is not None:
+                owned.close()
         self.runtime.close()
 
     def _require_open(self) -> None:

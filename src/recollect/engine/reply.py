@@ -124,11 +124,11 @@ class _Generation:
         self._generator = generator
         self._tokenizer = tokenizer
         self.stream = Stream()
-        on_logits = self._generate
+        on_logits, on_end = self._generate, self._end
         if drafts is not None:
-            on_logits = drafts.following(on_logits, generator.sequence, generator.forced_tokens)
+            on_logits, on_end = drafts.following(generator, on_logits, on_end)
         self.task = Task(
-            generator.sequence, on_logits, hand_over=self.stream.hand_over, on_end=self._end
+            generator.sequence, on_logits, hand_over=self.stream.hand_over, on_end=on_end
         )
         self.begun_s = self.last_token_s = time.perf_counter()
         self.first_token_s: float | None = None

@@ -111,6 +111,7 @@ class ModelHub:
         aliases: Mapping[str, str] | None = None,
         memory_bytes: int | None = None,
         weight_bytes: Callable[[str], int] = lambda _: 0,
+        draft_bytes: int = 0,
         context_length: Callable[[str], int | None] = lambda _: None,
         on_load: Callable[[Model], object] = lambda _: None,
     ) -> None:
@@ -121,6 +122,7 @@ class ModelHub:
             aliases: Other names for those.
             memory_bytes: For weights and KV of all models together; None: no limit.
             weight_bytes: Returns what a model takes on disk, which is about what its weights take.
+            draft_bytes: The same of the model that guesses for each, where one does.
             context_length: Returns how long the context of a model is that is not loaded; None: nobody
                 knows.
             on_load: Called on the event loop with each model that was loaded; returns at once.
@@ -132,6 +134,7 @@ class ModelHub:
         """Other names, and which of `names` each stands for."""
         self._memory_bytes = memory_bytes
         self.weight_bytes: Final = weight_bytes
+        self._draft_bytes = draft_bytes
         self.context_length: Final = context_length
         self._on_load = on_load
         self.feed: Feed | None = None
@@ -231,14 +234,16 @@ class ModelHub:
             await self._make_room(name)
             begun = monotonic()
             model = await on_thread(lambda: self._load_counted(name))
-            taken = self.weight_bytes(name) + _kv_bytes(model)
+            drafting = 0 if model.draft_model is None else self._draft_bytes
+            taken = self.weight_bytes(name) + drafting + model.kv_bytes
             self._loaded = {**self._loaded, name: _Loaded(model, taken)}
             if self.feed is not None:
                 model.feed = self.feed
                 self.feed.attach(name, model.engine)
             self._on_load(model)
             model.grammars.prepare_later()
-            _log.info("loaded %s in %.1f s", name, monotonic() - begun)
+            guessed = "" if model.draft_model is None else f", guessed by {model.draft_model},"
+            _log.info("loaded %s%s in %.1f s", name, guessed, monotonic() - begun)
             if self._memory_bytes is not None and taken > self._memory_bytes:
                 _log.warning(
                     "%s takes about %s bytes with its KV, and --memory allows %s: it "
@@ -259,7 +264,7 @@ class ModelHub:
         """Unload idle models, the least recently used first, until the weights of another fit."""
         if self._memory_bytes is None:
             return
-        room = self._memory_bytes - self.weight_bytes(name)
+        room = self._memory_bytes - self.weight_bytes(name) - self._draft_bytes
         while self._loaded and self._taken_bytes() > room:
             idle = self._idle()
             if not idle:
@@ -293,11 +298,6 @@ class ModelHub:
         self._loaded = {other: one for other, one in self._loaded.items() if other != name}
         await asyncio.to_thread(loaded.model.close)
         _log.info("unloaded %s", name)
-
-
-def _kv_bytes(model: Model) -> int:
-    engine = model.engine
-    return engine.info.kv_bytes(engine.pool.num_blocks)
 
 
 _WEIGHT_OF_THE_LAST: Final = 0.2

@@ -70,6 +70,29 @@ def test_guesses_are_on_and_can_be_turned_off() -> None:
         assert model.engine.drafts is None
 
 
+def test_a_draft_model_can_be_given() -> None:
+    with ModelOptions(kv_disk="0", draft_model="reference").load("reference") as model:
+        assert model.draft_model == "reference"
+
+
+@pytest.mark.slow
+def test_a_draft_model_of_another_family_is_refused(spoken: Path) -> None:
+    options = ModelOptions(kv_disk="0", draft_model=str(spoken))
+    with pytest.raises(UnsupportedModelError, match="a smaller model of the same family"):
+        options.load("reference")
+
+
+@pytest.mark.slow
+def test_another_model_is_loaded_without_a_draft_model_that_does_not_fit(
+    spoken: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by `/model` in a chat, and by a server with several."""
+    options = ModelOptions(kv_disk="0", draft_model=str(spoken))
+    with options.load_another("reference") as model:
+        assert model.draft_model is None
+    assert "Loaded without a draft model: reference." in caplog.text
+
+
 def test_layers_that_are_no_number_are_refused(spoken: Path) -> None:
     with pytest.raises(ConfigError, match="give auto, or how many layers"):
         ModelOptions(gpu_layers="-3").load(str(spoken))
@@ -77,7 +100,11 @@ def test_layers_that_are_no_number_are_refused(spoken: Path) -> None:
 
 def test_what_is_wrong_is_said_before_a_model_is_looked_for(home: Path) -> None:
     """So the server does not start, and the data folder is not encrypted."""
-    wrong = ModelOptions(gpu_layers="-3"), ModelOptions(tool_format="none")
+    wrong = (
+        ModelOptions(gpu_layers="-3"),
+        ModelOptions(tool_format="none"),
+        ModelOptions(no_draft=True, draft_model="smollm2"),
+    )
     for options in wrong:
         with pytest.raises(ConfigError):
             options.check()

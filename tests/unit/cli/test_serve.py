@@ -144,6 +144,9 @@ def test_a_variable_may_hold_several_keys(started: list[Any]) -> None:
     [
         (["--model", "nosuch"], "nosuch"),
         (["-m", "reference", "--model", "nosuch"], "nosuch"),
+        (["-m", "reference", "--draft-model", "nosuch"], "nosuch"),
+        (["-m", "reference", "--draft-model", "reference", "--no-draft"], "--no-draft"),
+        (["-m", "reference", "--draft-model", "reference", "--profile", "small"], "small"),
         (["-m", "reference", "--kv-memory", "10x"], "10x"),
         (["-m", "reference", "--kv-disk", "lots"], "lots"),
         (["-m", "reference", "--memory", "10x"], "10x"),

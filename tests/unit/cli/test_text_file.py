@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.options import MOST_BYTES, read_text
+from recollect.cli.batch import MOST_BYTES, read_text
 from recollect.errors import ConfigError
 
 

@@ -12,7 +12,8 @@ import pytest
 
 import recollect
 from recollect import config
-from recollect.conversation.model import CONTEXTS_IN_POOL, Model, pool_size
+from recollect.conversation.model import Model
+from recollect.engine.budget import CONTEXTS_IN_POOL, pool_size
 from recollect.engine.drafts import PassTimes
 from recollect.errors import ConfigError, InvalidParameterError, ModelError
 from recollect.kv.disk import DiskStore
@@ -84,6 +85,19 @@ def test_lanes_count_as_memory_too(memory: int, expected: int) -> None:
     info = replace(INFO, lanes=LANES)
     assert pool_size(info, memory) == expected
     assert info.kv_bytes(expected) <= memory < info.kv_bytes(expected + 1)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"), [(1250, 1), (1499, 1), (2500, 2), (2499, 1), (125_000, 100)]
+)
+def test_the_kv_of_a_draft_model_counts_as_memory_too(memory: int, expected: int) -> None:
+    """For as many tokens, whatever its blocks are: four times as large ones are a quarter as many."""
+    beside = replace(INFO, bytes_per_block=250)
+    assert pool_size(INFO, memory, beside=beside) == expected
+    larger = replace(beside, block_size=4 * INFO.block_size, bytes_per_block=1000)
+    assert pool_size(INFO, 8 * 1000 + 2 * 1000, beside=larger) == 8
+    with pytest.raises(ConfigError, match="give at least 1,250"):
+        pool_size(INFO, 1249, beside=beside)
 
 
 def test_memory_for_blocks_without_a_lane_is_refused() -> None:

@@ -296,6 +296,30 @@ def test_of_what_was_said_as_many_are_fed_as_passes_that_are_alike_take(
     engine.close()
 
 
+def test_replies_that_have_ended_do_not_count() -> None:
+    """However they ended: of four that are followed, three are stopped."""
+    ids = dice_of(16).sample(range(1000), 60)
+    runtime = ReferenceRuntime(vocab_size=1000)
+    engine, drafts = Engine(runtime, num_blocks=200), Drafts(replace(runtime.info, alike=4))
+    passes(drafts.times, {1: 0.010, 32: 0.010})
+    passes(drafts.times, {1: 0.010}, 1)
+    drafts.learn("", [ids])
+    *stopped, sequence = [engine.new_sequence() for _ in range(4)]
+    for one in (*stopped, sequence):
+        one.append(ids[:20])
+        drafts.follow(one, [])
+    assert not sequence.draft
+    for one in stopped:
+        drafts.end(one)
+    widest = 0
+    for token in ids[20:]:
+        sequence.append([token])
+        drafts.follow(sequence, [])
+        widest = max(widest, len(sequence.draft))
+    assert widest == 3
+    engine.close()
+
+
 def test_what_is_copied_from_a_prompt_is_fed_in_wider_passes_too() -> None:
     """Once so much of it was that it is no chance."""
     ids = dice_of(16).sample(range(1000), 300)
@@ -362,7 +386,7 @@ def test_a_conversation_that_is_opened_again_is_learned_once() -> None:
         sequence = engine.new_sequence()
         sequence.append(ids[:20])
         drafts.follow(sequence, [])
-        drafts.follow(sequence, None)
+        drafts.end(sequence)
         taken.append(drafts.bytes)
     assert taken[0] > 1000 * BYTES_PER_TOKEN
     assert taken[2] < taken[0] + 100 * BYTES_PER_TOKEN
@@ -396,7 +420,7 @@ def test_a_history_that_goes_on_is_added_once() -> None:
         sequence = engine.new_sequence()
         sequence.append(ids[:length])
         drafts.follow(sequence, [])
-        drafts.follow(sequence, None)
+        drafts.end(sequence)
     assert drafts.bytes < 1.5 * 900 * BYTES_PER_TOKEN + 100_000
     engine.close()
 
@@ -410,7 +434,7 @@ def test_memory_is_bounded_whoever_says_how_much(monkeypatch: pytest.MonkeyPatch
         sequence = engine.new_sequence(f"key {number % 150}")
         sequence.append(dice.choices(range(1000), k=dice.randint(1, 400)))
         drafts.follow(sequence, [])
-        drafts.follow(sequence, None)
+        drafts.end(sequence)
         assert drafts.bytes <= 400_000
         sequence.release()
     assert MOST_BYTES > 400_000

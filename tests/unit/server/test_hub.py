@@ -4,12 +4,14 @@ import asyncio
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import httpx
 import pytest
 
+import recollect
 from recollect.conversation.model import Model
 from recollect.errors import FetchError, UnknownModelError
 from recollect.server.hub import ModelHub
@@ -51,6 +53,32 @@ def test_a_model_is_loaded_once_for_all_who_wait(
 
     asyncio.run(run())
     assert loads == ["a", "b"]
+
+
+def test_what_guesses_for_a_model_takes_memory_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its weights and its KV, as the larger one's."""
+
+    def load_it(_: str) -> Model:
+        kv = 2 * 40_960
+        return recollect.load(
+            "reference", home=tmp_path, kv_disk=0, kv_memory=kv, draft_model="reference"
+        )
+
+    async def run() -> Model:
+        hub = ModelHub(
+            load_it, ["a"], memory_bytes=1, weight_bytes=lambda _: 100_000, draft_bytes=7_000
+        )
+        model = (await hub.acquire("a")).model
+        await hub.close()
+        return model
+
+    with caplog.at_level("INFO"):
+        model = asyncio.run(run())
+    assert model.kv_bytes == 2 * 40_960
+    assert f"a takes about {107_000 + 81_920:,} bytes with its KV" in caplog.text
+    assert "loaded a, guessed by reference, in" in caplog.text
 
 
 @pytest.mark.parametrize("which", [0, 1])
