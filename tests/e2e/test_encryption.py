@@ -146,7 +146,7 @@ def test_an_exploration_goes_on_in_an_encrypted_folder_after_the_server_was_kill
         return client.post(path, json=body).raise_for_status().json()
 
     # With a seed: a reply that ends by itself is not gone on with.
-    short = {"temperature": 1.0, "max_output_tokens": 5, "seed": 7}
+    short = {"temperature": 1.0, "max_output_tokens": 5, "seed": 9}
     with serving(environment, signal.SIGKILL) as client:
         items = [{"role": "user", "content": f"{PHRASE} {n}"} for n in range(3)]
         conversation = post(client, "/conversations", {"items": items})["id"]
