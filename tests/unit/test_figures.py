@@ -270,6 +270,23 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         result["reused_by_key"]["bob"][0],
         result["reused_by_key"]["alice"][1],
     ],
+    ("draft-model-qwen2.5-coder-1.5b-fast", "with a smaller model"): lambda result: [
+        result[kind]["times"] for kind in ("greedy", "sampled", "document")
+    ],
+    ("draft-model-qwen2.5-coder-1.5b-fast", "the same with guesses"): lambda result: [
+        result[kind]["times_of_said"] for kind in ("greedy", "sampled", "document")
+    ],
+    ("draft-model-qwen2.5-coder-1.5b-fast", "first token in seconds"): lambda result: [
+        result[kind]["first_token_s"][way]
+        for kind in ("greedy", "document")
+        for way in ("model", "plain")
+    ],
+    ("draft-model-qwen2.5-coder-1.5b-fast", "guesses of the smaller"): lambda result: [
+        result["greedy"][what] for what in ("right", "fed", "tokens")
+    ],
+    ("draft-model-qwen2.5-coder-1.5b-fast", "the smaller model's"): lambda result: [
+        result["small_memory_bytes"] / 1e9
+    ],
     ("restart-smollm2-4000-fast", "next turn"): first_tokens("disk", "memory", "cold"),
     ("restart-smollm2-4000-fast", "the same the moment"): first_tokens("at once"),
     ("restart-smollm2-4000-fast", "20 branches"): lambda result: [
