@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
 
+import recollect
 from recollect.cli.display import count
-from recollect.cli.state import Chat, farewell, welcome
+from recollect.cli.state import Chat, farewell, statistics, welcome
 from recollect.journal.records import Entry, NewNode
 from recollect.types import FinishReason
 
@@ -35,6 +37,18 @@ def test_a_new_chat_says_what_is_spoken_to(kept: Chat, screen: StringIO) -> None
     welcome(kept)
     assert screen.getvalue().startswith("reference · exact · 2,048 tokens of context\n? lists")
     assert screen.getvalue().count("\n") == 2
+
+
+def test_it_says_what_guesses(chat: Chat, screen: StringIO, tmp_path: Path) -> None:
+    """In its first line, and in what `/stats` tells."""
+    with recollect.load(
+        "reference", home=tmp_path / "other", kv_disk=0, draft_model="reference"
+    ) as model:
+        guessed = Chat(model, chat.console, model.session())
+        welcome(guessed)
+        assert screen.getvalue().startswith("reference, guessed by reference · fast · ")
+        assert ("guessed by", "reference") in statistics(guessed)
+    assert "guessed by" not in dict(statistics(chat))
 
 
 def test_a_new_chat_with_instructions_is_not_a_resumed_one(kept: Chat, screen: StringIO) -> None:
