@@ -246,20 +246,21 @@ OfflineOption = Annotated[
     bool,
     typer.Option(
         "--offline",
-        help="Download nothing: a model that is not here is an error. Also RECOLLECT_OFFLINE=1.",
+        help="Download nothing: a model that is not on this disk is an error. Also RECOLLECT_OFFLINE=1.",
     ),
 ]
 EncryptOption = Annotated[
     bool,
     typer.Option(
         "--encrypt",
-        help="Encrypt the data folder with a passphrase first, if it is not: see `recollect encrypt`.",
+        help="Encrypt the data folder with a passphrase first, if it is not encrypted yet; see "
+        "`recollect encrypt`.",
     ),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 JsonOption = Annotated[
     bool,
-    typer.Option("--json", help="Print JSON in place of the list, sizes in bytes, times in UTC."),
+    typer.Option("--json", help="Print JSON, not the list, with sizes in bytes and times in UTC."),
 ]
 """Of commands that list what there is."""
 JsonFileOption = Annotated[

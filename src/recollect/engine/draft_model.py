@@ -360,7 +360,8 @@ class AskedModel:
 
     def _rate(self, guesses: int, times: PassTimes) -> float:
         """Return how many tokens per second so many guesses are expected to bring."""
-        expected = sum(self._mean**number for number in range(1 + guesses))
+        mean = self._mean
+        expected = sum(mean**number for number in range(1 + guesses))
         return expected / (times.of(1 + guesses) + guesses * self._ahead.model.pass_s)
 
     def _has_read(self, saved_s: float) -> bool:
